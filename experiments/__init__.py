@@ -1,0 +1,1 @@
+"""The experiments: one package a task, each run as ``python -m experiments.<task>``."""
