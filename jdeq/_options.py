@@ -1,0 +1,155 @@
+"""Checks of options and arguments: each refusal says what was given, what is expected, what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+
+def check_fraction(owner: str, name: str, value: float) -> None:
+    """Refuses a ``value`` outside (0, 1]."""
+    if not (is_real(value) and 0 < value <= 1):
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but a number in (0, 1] is expected; "
+            f"1 means undamped."
+        )
+
+
+def check_count(owner: str, name: str, value: int, least: int = 1) -> None:
+    """Refuses a ``value`` that is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but an integer of at least {least} is expected; "
+            f"it fixes the compiled program, so pass a Python int."
+        )
+
+
+def check_nonnegative(owner: str, name: str, value: Any) -> None:
+    """Refuses a concrete ``value`` that is negative, NaN or infinite; traced ones pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    ok = np.ndim(value) == 0 and is_real(float(value)) and float(value) >= 0
+    if not ok:
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but a finite number of at least 0 is expected; "
+            f"pass 0 to switch that tolerance off."
+        )
+
+
+def check_positive(owner: str, name: str, value: Any) -> None:
+    """Refuses a ``value`` that is not a finite number above 0."""
+    if not (is_real(value) and value > 0):
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but a finite number above 0 is expected."
+        )
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuses a ``value`` that is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but one of {', '.join(map(repr, choices))} is "
+            f"expected."
+        )
+
+
+def check_instance(owner: str, name: str, value: Any, kind: type, examples: str) -> None:
+    """Refuses a ``value`` that does not have the methods of protocol ``kind``."""
+    if isinstance(value, type) or not isinstance(value, kind):
+        raise TypeError(
+            f"{owner}: {name}={value!r} was given, but an instance such as {examples} is expected."
+        )
+
+
+def check_hashable(owner: str, name: str, function: Any) -> None:
+    """Refuses a function that cannot key the compilation cache."""
+    try:
+        hash(function)
+    except TypeError:
+        raise TypeError(
+            f"{owner}: {name} is a {type(function).__name__}, which cannot be hashed and so cannot "
+            f"be compiled once and reused; pass its arrays as params instead, for example "
+            f"{name}=lambda module, *args: module(*args) with params=module."
+        ) from None
+
+
+def check_batch(owner: str, reference: str, count: int, **trees: PyTree) -> None:
+    """Refuses trees with a leaf whose first axis is not the ``count`` problems of ``reference``."""
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            shape = np.shape(leaf)
+            if not shape or shape[0] != count:
+                raise ValueError(
+                    f"{owner}: {name}{jax.tree_util.keystr(path)} has shape {shape}, but its first "
+                    f"axis is the problem axis and {reference} holds {count} problems; give every "
+                    f"leaf of {name} a first axis of {count}."
+                )
+
+
+def problem_count(owner: str, name: str, tree: PyTree) -> int:
+    """The size of the problem axis of ``tree``, which must have one."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves or not np.shape(leaves[0]):
+        raise ValueError(
+            f"{owner}: {name} has no array with a problem axis, but its leaves must have shape "
+            f"[B, ...], B the number of problems; add a leading axis of 1 for a single problem."
+        )
+    count = np.shape(leaves[0])[0]
+    if count == 0:
+        raise ValueError(f"{owner}: {name} holds no problems; pass at least one.")
+    check_batch(owner, name, count, **{name: tree})
+    return count
+
+
+def check_probe(owner: str, probe: Any, count: int) -> None:
+    """Refuses a backward probe that is not ``[B, 3]``."""
+    if np.shape(probe) != (count, 3):
+        raise ValueError(
+            f"{owner}: backward_probe has shape {np.shape(probe)}, but {(count, 3)} is expected "
+            f"for {count} problems; pass jnp.zeros(({count}, 3))."
+        )
+
+
+def check_inexact(owner: str, name: str, tree: PyTree) -> None:
+    """Refuses a tree with a leaf that is not a floating-point array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jax.dtypes.result_type(leaf)
+        if not jax.dtypes.issubdtype(dtype, np.floating):
+            raise TypeError(
+                f"{owner}: {name}{jax.tree_util.keystr(path)} has dtype {dtype}, but a "
+                f"floating-point dtype is expected; cast it, for example with .astype('float32')."
+            )
+
+
+def check_same(owner: str, what: str, given: PyTree, expected: PyTree, advice: str) -> None:
+    """Refuses an output whose structure, shapes or dtypes differ from what is expected."""
+    given_tree, expected_tree = jax.tree.structure(given), jax.tree.structure(expected)
+    if given_tree != expected_tree:
+        raise ValueError(
+            f"{owner}: {what} has structure {given_tree}, but {expected_tree} is expected; {advice}"
+        )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True
+    )
+    for (path, got), want in pairs:
+        got_text, want_text = _describe(got), _describe(want)
+        if got_text != want_text:
+            raise ValueError(
+                f"{owner}: {what}{jax.tree_util.keystr(path)} is {got_text}, but {want_text} is "
+                f"expected; {advice}"
+            )
+
+
+def _describe(leaf: Any) -> str:
+    return f"{jax.dtypes.result_type(leaf)}{list(np.shape(leaf))}"
+
+
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a finite real number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

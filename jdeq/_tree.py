@@ -1,0 +1,75 @@
+"""Per-problem arithmetic on pytrees whose every leaf has the problem axis first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+PyTree = Any
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which sums over a leaf of ``dtype`` are taken: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def problem_count(tree: PyTree) -> int:
+    """Size B of the problem axis, read from the first leaf."""
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def dot(a: PyTree, b: PyTree) -> Array:
+    """Inner product of two pytrees, one number a problem ``[B]``."""
+
+    def leaf(u: Array, v: Array) -> Array:
+        dtype = accumulation_dtype(u.dtype)
+        product = u.astype(dtype) * v.astype(dtype)
+        return jnp.sum(product.reshape(product.shape[0], -1), axis=1)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, a, b))
+    return sum(parts[1:], parts[0])
+
+
+def norm(tree: PyTree) -> Array:
+    """Euclidean norm over all leaves, one number a problem ``[B]``."""
+    return jnp.sqrt(dot(tree, tree))
+
+
+def expand(mask: Array, leaf: Array) -> Array:
+    """``mask [B]`` with trailing axes of size one, to broadcast against ``leaf``."""
+    return mask.reshape(mask.shape + (1,) * (leaf.ndim - 1))
+
+
+def select(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """Per problem, ``on_true`` where ``mask [B]`` holds, else ``on_false``."""
+    return jax.tree.map(lambda t, f: jnp.where(expand(mask, t), t, f), on_true, on_false)
+
+
+def scale(factor: Array, tree: PyTree) -> PyTree:
+    """Each problem's leaves times its entry of ``factor [B]``, dtypes kept."""
+    return jax.tree.map(lambda v: expand(factor, v).astype(v.dtype) * v, tree)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """``a - b``, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """``a + b``, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def relax(old: PyTree, new: PyTree, amount: float) -> PyTree:
+    """``old + amount (new - old)``, leaf by leaf; ``amount == 1`` returns ``new`` itself."""
+    if amount == 1:
+        return new
+    return jax.tree.map(lambda o, n: o + jnp.asarray(amount, o.dtype) * (n - o), old, new)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros of the same structure, shapes and dtypes."""
+    return jax.tree.map(jnp.zeros_like, tree)

@@ -1,0 +1,6 @@
+"""Gradients of equilibria: each attaches one differentiation rule to a forward solve."""
+
+from jdeq.adjoints.base import Adjoint
+from jdeq.adjoints.implicit import Implicit
+
+__all__ = ["Adjoint", "Implicit"]

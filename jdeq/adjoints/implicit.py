@@ -1,0 +1,162 @@
+"""The exact gradient of a fixed point by the implicit function theorem, in reverse mode."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jdeq import _closures, _options, _tree
+from jdeq.adjoints import base
+from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.solution import Solution
+from jdeq.solvers.base import Solver
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Implicit:
+    """Implicit differentiation with the adjoint equation solved by a fixed-point solver.
+
+    For ``z = f(theta, z)`` and a cotangent ``v`` of ``z``, the gradient is ``u^T df/dtheta`` where
+    ``u = (df/dz)^T u + v`` (Bai, Kolter, Koltun 2019, theorem 1). The equation for ``u`` is itself
+    an equilibrium, solved per problem by the same machinery and differentiated by the same rule,
+    so second and higher reverse-mode derivatives are exact too. Forward mode is refused by JAX, as
+    for every ``custom_vjp``.
+
+    A problem whose forward solve diverged or was not finite contributes zero, and so does one
+    whose backward solve did; ``backward_probe`` makes the latter visible.
+
+    Attributes:
+        solver: solver of the adjoint equation; None is the forward one.
+        rtol: its relative tolerance; None is the forward one.
+        atol: its absolute tolerance, as a fraction of the cotangent's norm, so that a small loss is
+            differentiated as precisely as a large one; None is the forward one.
+        max_steps: its step limit; None is the forward one.
+
+    Raises:
+        TypeError: if ``solver`` is not a solver.
+        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    """
+
+    solver: Solver | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_backward_options("Implicit", self.solver, self.rtol, self.atol, self.max_steps)
+
+    def solve(
+        self,
+        equilibrium: Equilibrium,
+        theta: PyTree,
+        inputs: PyTree,
+        z0: PyTree,
+        controls: Controls,
+        probe: Array | None,
+    ) -> Solution:
+        """See ``jdeq.adjoints.Adjoint.solve``."""
+
+        @jax.custom_vjp
+        def solve(theta, inputs, z0, controls, probe):
+            return equilibrium.run(theta, inputs, z0, controls)
+
+        def forward(theta, inputs, z0, controls, probe):
+            # Calling the wrapped solve, not the loop, lets JAX differentiate this rule again.
+            solution = solve(theta, inputs, z0, controls, probe)
+            return solution, (theta, inputs, solution, controls, probe)
+
+        def backward(saved, cotangent):
+            theta, inputs, solution, controls, probe = saved
+            theta_bar, inputs_bar, backward_solution = self.pull_back(
+                equilibrium, theta, inputs, solution, cotangent.value, controls
+            )
+            probe_bar = base.probe_cotangent(probe, backward_solution)
+            return theta_bar, inputs_bar, None, None, probe_bar
+
+        solve.defvjp(forward, backward)
+        return solve(theta, inputs, z0, controls, probe)
+
+    def pull_back(
+        self,
+        equilibrium: Equilibrium,
+        theta: PyTree,
+        inputs: PyTree,
+        solution: Solution,
+        cotangent: PyTree,
+        controls: Controls,
+        start: PyTree | None = None,
+    ) -> tuple[PyTree, PyTree, Solution]:
+        """Cotangents of ``theta`` and ``inputs`` for one of ``solution.value``.
+
+        Args:
+            equilibrium: the map that was solved.
+            theta: its shared argument.
+            inputs: its per-problem argument.
+            solution: its fixed point.
+            cotangent: of ``solution.value``.
+            controls: tolerances of the forward solve.
+            start: first guess of the adjoint variable; None is the cotangent itself.
+
+        Returns:
+            The two cotangents and the solution of the adjoint equation.
+        """
+        bad = base.failed(solution.result)
+        z, inputs = base.donate(bad, (solution.value, inputs))
+        cotangent = base.mask_problems(bad, cotangent)
+        adjoint = self._solve_adjoint(equilibrium, theta, inputs, z, cotangent, controls, start)
+
+        bad_backward = bad | base.failed(adjoint.result)
+        u = base.mask_problems(bad_backward, adjoint.value)
+        _, vjp = jax.vjp(lambda theta, inputs: equilibrium.f(theta, inputs, z), theta, inputs)
+        theta_bar, inputs_bar = vjp(u)
+        theta_bar = base.mask_shared(jnp.all(bad), theta_bar)
+        return theta_bar, base.mask_problems(bad, inputs_bar), adjoint
+
+    def _solve_adjoint(
+        self,
+        equilibrium: Equilibrium,
+        theta: PyTree,
+        inputs: PyTree,
+        z: PyTree,
+        cotangent: PyTree,
+        controls: Controls,
+        start: PyTree | None,
+    ) -> Solution:
+        """Solves ``u = (df/dz)^T u + cotangent``, differentiably."""
+        _, vjp = jax.vjp(lambda z: equilibrium.f(theta, inputs, z), z)
+        linear, captured = _closures.hoist("Implicit", "the adjoint map", vjp, cotangent)
+
+        def adjoint_map(captured: PyTree, v: PyTree, u: PyTree) -> PyTree:
+            return _tree.add(linear(captured, u)[0], v)
+
+        backward = Equilibrium(
+            adjoint_map,
+            self.solver or equilibrium.solver,
+            self.max_steps or equilibrium.max_steps,
+        )
+        atol = controls.atol if self.atol is None else self.atol
+        controls = Controls(
+            controls.rtol if self.rtol is None else self.rtol, atol * _tree.norm(cotangent)
+        )
+        start = cotangent if start is None else start
+        return self.solve(backward, captured, cotangent, start, controls, None)
+
+
+def check_backward_options(
+    owner: str, solver: Any, rtol: Any, atol: Any, max_steps: int | None
+) -> None:
+    """Refuses options of a backward solve that are out of range."""
+    if solver is not None:
+        _options.check_instance(owner, "solver", solver, Solver, "jdeq.solvers.Anderson()")
+    if rtol is not None:
+        _options.check_nonnegative(owner, "rtol", rtol)
+    if atol is not None:
+        _options.check_nonnegative(owner, "atol", atol)
+    if max_steps is not None:
+        _options.check_count(owner, "max_steps", max_steps)

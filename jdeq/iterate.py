@@ -1,0 +1,258 @@
+"""The one loop behind every solve.
+
+It owns what all iterations share: counting, the step limit and the run-time budget, stopping each
+problem on its own, the non-finite and divergence guards, the best iterate, and the history. What
+is iterated, and how the next iterate is made, is the method's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdeq import _tree
+from jdeq.solution import History, Result, Solution
+
+PyTree = Any
+
+DIVERGENCE_FACTOR = 1e6
+"""A problem has diverged once its size exceeds this times its first."""
+
+STAGNATION_STEPS = 40
+"""A problem has stagnated after this many steps without an improvement of its merit..."""
+
+STAGNATION_GAIN = 1e-3
+"""...by at least this fraction."""
+
+GUARD_SLACK = 1.3
+"""An iterate may be returned only if its guard is within this factor of the best guard seen."""
+
+
+class Report(NamedTuple):
+    """What one evaluation says of the current iterate, per problem.
+
+    Attributes:
+        residual: residuals to record and return, a pytree of ``[B]``.
+        converged: whether the iterate meets the tolerance, bool ``[B]``.
+        merit: the lower, the better the iterate, ``[B]``.
+        guard: a condition on the choice by ``merit``: only iterates whose guard is within
+            ``GUARD_SLACK`` of the lowest guard seen compete; ``[B]``, or None for no condition.
+        size: what grows when the iteration runs away, ``[B]``.
+        evaluations: cell evaluations this step spent, int ``[B]``, or None for one.
+    """
+
+    residual: PyTree
+    converged: Array
+    merit: Array
+    guard: Array | None
+    size: Array
+    evaluations: Array | None = None
+
+
+Step = Callable[[PyTree, PyTree, Array], tuple[PyTree, PyTree, Report]]
+"""``step(iterate, memory, k) -> (next_iterate, next_memory, report_on_iterate)``."""
+
+
+class _Carry(NamedTuple):
+    k: Array
+    iterate: PyTree
+    memory: PyTree
+    code: Array  # Result.max_steps doubles as "still running"
+    steps: Array
+    best: PyTree
+    best_residual: PyTree
+    best_merit: Array
+    best_guard: Array  # guard of the best iterate
+    lowest_guard: Array  # lowest guard of any iterate
+    first_size: Array
+    reference_merit: Array  # merit at the last improvement that counted
+    idle_steps: Array  # steps since then
+    history: History | None
+
+
+def iterate(
+    step: Step,
+    start: PyTree,
+    memory: PyTree,
+    *,
+    max_steps: int,
+    budget: Array | None = None,
+    record: bool | Callable[[PyTree], PyTree] = False,
+    detect_stagnation: bool = True,
+) -> tuple[Solution, PyTree]:
+    """Iterates ``step`` until every problem has finished or the step limit is reached.
+
+    A finished problem's iterate is frozen, so that its numbers do not change while others go on.
+    The returned iterate is always one whose report was taken: the first that converged, else the
+    one of lowest merit among those that pass the guard.
+
+    Args:
+        step: ``step(iterate, memory, k) -> (next_iterate, memory, report)``, the report being
+            about ``iterate``.
+        start: first iterate, every leaf ``[B, ...]``.
+        memory: the method's memory at the start, any pytree.
+        max_steps: static limit on the number of steps, at least 1.
+        budget: further limit known at run time only, int scalar.
+        record: whether to keep the history; a function of the iterate is recorded besides.
+        detect_stagnation: whether a problem whose merit no longer improves is stopped.
+
+    Returns:
+        The ``Solution`` whose value is the chosen iterate, and the method's last memory.
+    """
+    limit = jnp.asarray(max_steps, jnp.int32)
+    if budget is not None:
+        limit = jnp.minimum(limit, jnp.asarray(budget, jnp.int32))
+    report_shape = jax.eval_shape(lambda s, m: step(s, m, jnp.zeros((), jnp.int32))[2], start, memory)
+    carry = _start(start, memory, report_shape, max_steps, record)
+
+    def running(carry: _Carry) -> Array:
+        return (carry.k < limit) & jnp.any(carry.code == Result.max_steps)
+
+    def body(carry: _Carry) -> _Carry:
+        new_iterate, new_memory, report = step(carry.iterate, carry.memory, carry.k)
+        return _advance(carry, new_iterate, new_memory, report, record, detect_stagnation)
+
+    carry = lax.while_loop(running, body, carry)
+    solution = Solution(
+        value=carry.best,
+        result=carry.code,
+        steps=carry.steps,
+        residual=carry.best_residual,
+        history=carry.history,
+    )
+    return solution, carry.memory
+
+
+def _start(
+    start: PyTree, memory: PyTree, report: Report, max_steps: int, record: bool | Callable
+) -> _Carry:
+    count = _tree.problem_count(start)
+    infinite = jnp.full((count,), jnp.inf, report.merit.dtype)
+    zeros = jnp.zeros((count,), jnp.int32)
+    guard = report.guard if report.guard is not None else report.merit
+    return _Carry(
+        k=jnp.zeros((), jnp.int32),
+        iterate=start,
+        memory=memory,
+        code=jnp.full((count,), Result.max_steps, jnp.int32),
+        steps=zeros,
+        best=start,
+        best_residual=jax.tree.map(lambda r: jnp.full(r.shape, jnp.inf, r.dtype), report.residual),
+        best_merit=infinite,
+        best_guard=jnp.full((count,), jnp.inf, guard.dtype),
+        lowest_guard=jnp.full((count,), jnp.inf, guard.dtype),
+        first_size=jnp.full((count,), jnp.inf, report.size.dtype),
+        reference_merit=infinite,
+        idle_steps=zeros,
+        history=_empty_history(start, report, max_steps, record),
+    )
+
+
+def _advance(
+    carry: _Carry,
+    new_iterate: PyTree,
+    new_memory: PyTree,
+    report: Report,
+    record: bool | Callable,
+    detect_stagnation: bool,
+) -> _Carry:
+    active = carry.code == Result.max_steps
+    finite = _all_finite(report)
+    first_size = jnp.where(carry.k == 0, report.size, carry.first_size)
+    diverged = report.size > DIVERGENCE_FACTOR * first_size
+
+    lowest_guard, accept = _choose(carry, report, active & finite & ~diverged)
+    idle_steps, reference_merit = _count_idle(carry, report)
+    stagnated = (idle_steps >= STAGNATION_STEPS) & detect_stagnation
+
+    code = jnp.where(stagnated, jnp.int32(Result.stagnated), carry.code)
+    code = jnp.where(diverged, jnp.int32(Result.diverged), code)
+    code = jnp.where(finite, code, jnp.int32(Result.non_finite))
+    code = jnp.where(finite & report.converged, jnp.int32(Result.converged), code)
+    code = jnp.where(active, code, carry.code)
+
+    spent = 1 if report.evaluations is None else report.evaluations
+    keep_going = code == Result.max_steps
+    history = _write_history(carry, report, active, record)
+    guard = report.merit if report.guard is None else report.guard
+    return _Carry(
+        k=carry.k + 1,
+        iterate=_tree.select(keep_going, new_iterate, carry.iterate),
+        memory=new_memory,
+        code=code,
+        steps=carry.steps + jnp.where(active, spent, 0).astype(jnp.int32),
+        best=_tree.select(accept, carry.iterate, carry.best),
+        best_residual=_tree.select(accept, report.residual, carry.best_residual),
+        best_merit=jnp.where(accept, report.merit, carry.best_merit),
+        best_guard=jnp.where(accept, guard, carry.best_guard),
+        lowest_guard=lowest_guard,
+        first_size=first_size,
+        reference_merit=reference_merit,
+        idle_steps=idle_steps,
+        history=history,
+    )
+
+
+def _all_finite(report: Report) -> Array:
+    leaves = [*jax.tree.leaves(report.residual), report.merit, report.size]
+    finite = jnp.isfinite(leaves[0])
+    for leaf in leaves[1:]:
+        finite &= jnp.isfinite(leaf)
+    return finite
+
+
+def _choose(carry: _Carry, report: Report, eligible: Array) -> tuple[Array, Array]:
+    """The lowest guard so far, and whether the current iterate becomes the best one."""
+    better = report.merit < carry.best_merit
+    if report.guard is None:
+        return carry.lowest_guard, eligible & (better | report.converged)
+    lowest = jnp.where(eligible, jnp.minimum(carry.lowest_guard, report.guard), carry.lowest_guard)
+    passes = report.guard <= GUARD_SLACK * lowest
+    outdated = carry.best_guard > GUARD_SLACK * lowest
+    return lowest, eligible & (report.converged | (passes & (better | outdated)))
+
+
+def _count_idle(carry: _Carry, report: Report) -> tuple[Array, Array]:
+    improved = report.merit < (1 - STAGNATION_GAIN) * carry.reference_merit
+    improved |= ~jnp.isfinite(carry.reference_merit)
+    idle_steps = jnp.where(improved, 0, carry.idle_steps + 1)
+    return idle_steps, jnp.where(improved, report.merit, carry.reference_merit)
+
+
+def _empty_history(
+    start: PyTree, report: Report, max_steps: int, record: bool | Callable
+) -> History | None:
+    if record is False:
+        return None
+
+    def rows(leaf: jax.ShapeDtypeStruct) -> Array:
+        return jnp.full((max_steps, *leaf.shape), jnp.nan, leaf.dtype)
+
+    recorded = None
+    if callable(record):
+        shapes = jax.eval_shape(record, start)
+        recorded = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), shapes)
+    return History(jax.tree.map(rows, report.residual), rows(report.merit), recorded)
+
+
+def _write_history(
+    carry: _Carry, report: Report, active: Array, record: bool | Callable
+) -> History | None:
+    if carry.history is None:
+        return None
+
+    def write(rows: Array, row: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), carry.k, 0)
+
+    def write_active(rows: Array, row: Array) -> Array:
+        return write(rows, jnp.where(active, row, jnp.nan))
+
+    recorded = carry.history.record
+    if callable(record):
+        recorded = jax.tree.map(write, recorded, record(carry.iterate))
+    residual = jax.tree.map(write_active, carry.history.residual, report.residual)
+    return History(residual, write_active(carry.history.merit, report.merit), recorded)

@@ -1,0 +1,7 @@
+"""Fixed-point solvers: each turns an iterate and its image under the map into the next iterate."""
+
+from jdeq.solvers.anderson import Anderson
+from jdeq.solvers.base import Solver
+from jdeq.solvers.picard import Picard
+
+__all__ = ["Anderson", "Picard", "Solver"]

@@ -1,0 +1,178 @@
+"""Anderson acceleration, types I and II."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdeq import _options, _tree
+
+PyTree = Any
+
+
+class AndersonMemory(NamedTuple):
+    """The differences of the last iterations; slot ``j`` of every window holds the same step.
+
+    With residual ``g = f(z) - z`` and target ``y = z + mixing g``:
+
+    Attributes:
+        last_g: residual of the previous iterate, like z.
+        last_y: target of the previous iterate, like z.
+        dg: differences of residuals, every leaf ``[B, window, ...]``.
+        dy: differences of targets, every leaf ``[B, window, ...]``.
+        gram: the products that the least-squares problem needs, ``[B, window, window]``: type II
+            ``dg_i . dg_j``, type I ``dz_i . dg_j``.
+    """
+
+    last_g: PyTree
+    last_y: PyTree
+    dg: PyTree
+    dy: PyTree
+    gram: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Anderson:
+    """Anderson acceleration (Anderson 1965; Walker and Ni, SIAM J. Numer. Anal. 2011).
+
+    With ``g_k = f(z_k) - z_k`` and differences over the last ``window`` steps,
+
+        z_{k+1} = z_k + mixing g_k - (dZ + mixing dG) gamma
+
+    where type II takes ``gamma = argmin ||g_k - dG gamma||`` (a multisecant estimate of the inverse
+    Jacobian, Broyden's second method in kind) and type I solves ``dZ^T dG gamma = dZ^T g_k`` (of
+    the Jacobian, Broyden's first). Each problem has its own ``gamma``. Windows are kept leaf by
+    leaf; one step reads them twice, once for the new products and once for the combination.
+
+    Attributes:
+        window: number of differences kept, at least 1.
+        kind: ``"II"`` (residual-minimising; robust, the default) or ``"I"``.
+        mixing: step along the mixed residual, in (0, 1].
+        regularization: added to the diagonal of the least-squares problem after its columns are
+            scaled to unit norm; None is ten times the rounding unit of the dtype.
+
+    Raises:
+        ValueError: if an option is outside its range.
+    """
+
+    window: int = 5
+    kind: Literal["I", "II"] = "II"
+    mixing: float = 1.0
+    regularization: float | None = None
+
+    def __post_init__(self) -> None:
+        _options.check_count("Anderson", "window", self.window)
+        _options.check_choice("Anderson", "kind", self.kind, ("I", "II"))
+        _options.check_fraction("Anderson", "mixing", self.mixing)
+        if self.regularization is not None:
+            _options.check_nonnegative("Anderson", "regularization", self.regularization)
+
+    def init(self, z: PyTree) -> AndersonMemory:
+        """Empty windows for iterates like ``z``."""
+
+        def window(leaf: Array) -> Array:
+            return jnp.zeros((leaf.shape[0], self.window, *leaf.shape[1:]), leaf.dtype)
+
+        windows = jax.tree.map(window, z)
+        leaves = jax.tree.leaves(z)
+        dtype = _tree.accumulation_dtype(jnp.result_type(*leaves))
+        gram = jnp.zeros((leaves[0].shape[0], self.window, self.window), dtype)
+        zeros = _tree.zeros_like(z)
+        return AndersonMemory(zeros, zeros, windows, windows, gram)
+
+    def step(
+        self, z: PyTree, fz: PyTree, memory: AndersonMemory, k: Array
+    ) -> tuple[PyTree, AndersonMemory]:
+        """One accelerated step; the first one is the damped Picard step."""
+        g = _tree.subtract(fz, z)
+        y = _tree.relax(z, fz, self.mixing)
+        # In step 0 there is no difference yet: a zero column leaves gamma at zero.
+        has_last = (k > 0).astype(memory.gram.dtype)
+        new_dg = jax.tree.map(lambda a, b: (a - b) * has_last.astype(a.dtype), g, memory.last_g)
+        new_dy = jax.tree.map(lambda a, b: (a - b) * has_last.astype(a.dtype), y, memory.last_y)
+        slot = jnp.mod(k - 1, self.window)
+        dg = _write_slot(memory.dg, new_dg, slot)
+        dy = _write_slot(memory.dy, new_dy, slot)
+
+        gram, rhs = self._products(memory.gram, dg, dy, new_dg, new_dy, g, slot)
+        gamma = self._solve(gram, rhs)
+        z_next = jax.tree.map(lambda a, window: a - _combine(window, gamma), y, dy)
+        return z_next, AndersonMemory(g, y, dg, dy, gram)
+
+    def _products(
+        self,
+        gram: Array,
+        dg: PyTree,
+        dy: PyTree,
+        new_dg: PyTree,
+        new_dy: PyTree,
+        g: PyTree,
+        slot: Array,
+    ) -> tuple[Array, Array]:
+        """The products with the newest difference replaced, and the right-hand side."""
+        if self.kind == "II":
+            row, rhs = _window_products(dg, [new_dg, g])
+            gram = lax.dynamic_update_index_in_dim(gram, row, slot, 1)
+            return lax.dynamic_update_index_in_dim(gram, row, slot, 2), rhs
+        # dz = dy - mixing dg, so its products need no third window.
+        new_dz = jax.tree.map(lambda a, b: a - jnp.asarray(self.mixing, a.dtype) * b, new_dy, new_dg)
+        dg_dot_dz, dg_dot_dg, dg_dot_g = _window_products(dg, [new_dz, new_dg, g])
+        dy_dot_dg, dy_dot_g = _window_products(dy, [new_dg, g])
+        column = dy_dot_dg - self.mixing * dg_dot_dg
+        gram = lax.dynamic_update_index_in_dim(gram, dg_dot_dz, slot, 1)
+        gram = lax.dynamic_update_index_in_dim(gram, column, slot, 2)
+        return gram, dy_dot_g - self.mixing * dg_dot_g
+
+    def _solve(self, gram: Array, rhs: Array) -> Array:
+        """``gamma [B, window]``; zero, a plain step, where the system has no finite solution."""
+        regularization = self.regularization
+        if regularization is None:
+            regularization = 10 * float(jnp.finfo(gram.dtype).eps)
+        size = jnp.abs(jnp.diagonal(gram, axis1=1, axis2=2))
+        unit = lax.rsqrt(jnp.where(size > 0, size, 1))
+        scaled = gram * unit[:, :, None] * unit[:, None, :]
+        diagonal = jnp.where(size > 0, regularization, 1 + regularization)
+        scaled += diagonal[:, :, None] * jnp.eye(self.window, dtype=gram.dtype)
+        gamma = jnp.linalg.solve(scaled, (rhs * unit)[:, :, None])[:, :, 0] * unit
+        finite = jnp.all(jnp.isfinite(gamma), axis=1, keepdims=True)
+        return jnp.where(finite, gamma, 0)
+
+
+def _write_slot(windows: PyTree, new: PyTree, slot: Array) -> PyTree:
+    return jax.tree.map(
+        lambda window, leaf: lax.dynamic_update_index_in_dim(window, leaf, slot, 1), windows, new
+    )
+
+
+def _window_products(windows: PyTree, vectors: list[PyTree]) -> tuple[Array, ...]:
+    """For each vector its products with every slot of the windows, ``[B, window]`` each."""
+
+    def leaf(window: Array, *parts: Array) -> Array:
+        dtype = _tree.accumulation_dtype(window.dtype)
+        shape = (*window.shape[:2], math.prod(window.shape[2:]))
+        stacked = jnp.stack([p.reshape(shape[0], shape[2]) for p in parts], axis=1)
+        return jnp.einsum(
+            "bmn,bvn->vbm",
+            window.reshape(shape),
+            stacked,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, windows, *vectors))
+    return tuple(sum(parts[1:], parts[0]))
+
+
+def _combine(window: Array, gamma: Array) -> Array:
+    """``sum_j gamma[:, j] window[:, j]``."""
+    return jnp.einsum(
+        "bm,bmn->bn",
+        gamma.astype(window.dtype),
+        window.reshape(*window.shape[:2], math.prod(window.shape[2:])),
+        precision=lax.Precision.HIGHEST,
+    ).reshape(window.shape[0], *window.shape[2:])

@@ -1,0 +1,36 @@
+"""What a fixed-point solver is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from jax import Array
+
+PyTree = Any
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A pure ``init``/``step`` pair; the loop (``jdeq.iterate``) owns everything else.
+
+    A solver is a frozen dataclass of options, hashable by value. It knows nothing of gradients,
+    tolerances or step limits, and it treats the problems of a batch independently.
+    """
+
+    def init(self, z: PyTree) -> PyTree:
+        """Returns the solver's memory for iterates like ``z`` (every leaf ``[B, ...]``)."""
+        ...
+
+    def step(self, z: PyTree, fz: PyTree, memory: PyTree, k: Array) -> tuple[PyTree, PyTree]:
+        """Makes the next iterate.
+
+        Args:
+            z: the current iterate, every leaf ``[B, ...]``.
+            fz: the map at ``z``, of the same structure.
+            memory: what ``init`` or the last ``step`` returned.
+            k: number of the step, int32 scalar, from 0.
+
+        Returns:
+            The next iterate and the next memory.
+        """
+        ...
