@@ -1,0 +1,1 @@
+"""What two experiments share: data, training loop, run directories, metrics, plots, speed."""

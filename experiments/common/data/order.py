@@ -1,0 +1,41 @@
+"""The order in which batches are drawn: fixed by the seed and the step, through grain."""
+
+from __future__ import annotations
+
+import grain
+import numpy as np
+
+from experiments.common.data.images import Split
+
+
+def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """Endless batches in an order that depends on the seed alone, reshuffled every epoch.
+
+    `get_state()` of the iterator is a small dictionary that JSON can hold; `set_state()` of it
+    continues with the next batch, as if nothing had happened.
+
+    Args:
+        split: Where the images and labels come from.
+        batch_size: Images a batch; every batch is full, the last one of an epoch takes from the
+            next epoch.
+        seed: Seed of the order, at least 0 and below 2**32.
+
+    Returns:
+        An iterator over {"image": float32 [batch_size, H, W, C] in [0, 1]}, with
+        "label": int32 [batch_size] where the split has labels.
+    """
+
+    def read(indices: list[int]) -> dict[str, np.ndarray]:
+        chosen = np.asarray(indices)
+        batch = {"image": split.images.read(chosen)}
+        if split.labels is not None:
+            batch["label"] = split.labels[chosen]
+        return batch
+
+    order = grain.MapDataset.range(len(split)).shuffle(seed=seed).repeat()
+    # Images in memory need no threads; files are read ahead, a few batches at most, so that the
+    # memory in use does not depend on the size of the data set.
+    threads = 0 if split.images.in_memory else 4
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    dataset = order.batch(batch_size, batch_fn=list).map(read)
+    return iter(dataset.to_iter_dataset(options))
