@@ -1,0 +1,171 @@
+"""The command line that every task shares: train, evaluate, or both."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+from rich.table import Table
+
+from experiments.common.errors import UserError
+from experiments.common.runs import (
+    RunDirectory,
+    RunRecord,
+    continue_run,
+    holds_run,
+    newest_run,
+    open_run,
+    start_run,
+)
+from experiments.common.terminal import console, error_console, say
+from experiments.common.training import TrainingInterruptedError
+
+C = TypeVar("C")
+Summary = dict[str, float | int | str]
+
+_RUNS = Path("runs")
+_STATUS_ERROR = 1
+_STATUS_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of every task.
+
+    Attributes:
+        command: `train`, `evaluate`, or nothing for both.
+        preset: Name of the settings. Default: the task's smallest real preset, or that of the run
+            directory.
+        run_dir: Directory of the run. Default: a new one in runs/TASK/, or with --resume and
+            evaluate the newest one there.
+        data_root: Folder that holds mnist/, cifar10/, omniglot/, celeba/, orl_faces/. Default:
+            JDEQ_DATA, or the user's cache.
+        seed: Seed of parameters and data order, from 0 to 2**32 - 1. Default: 0, or that of the
+            run directory.
+        resume: Continue the unfinished run in the run directory.
+    """
+
+    command: Annotated[Literal["both", "train", "evaluate"], tyro.conf.Positional] = "both"
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    data_root: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True)
+class Task(Generic[C]):
+    """A task of `python -m experiments.<name>`.
+
+    Attributes:
+        name: Name of the package.
+        description: What `--help` says first.
+        presets: Name to settings, a dataclass with at least `steps`.
+        default: The preset that is taken if none is named.
+        train: `train(settings, run, data_root)` trains to the end, from a checkpoint if there is
+            one.
+        evaluate: `evaluate(settings, run, data_root)` measures, draws and returns the results.
+    """
+
+    name: str
+    description: str
+    presets: Mapping[str, C]
+    default: str
+    train: Callable[[C, RunDirectory, Path | None], None]
+    evaluate: Callable[[C, RunDirectory, Path | None], Summary]
+
+
+def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
+    """Run a task's command line; mistakes of the user end with one sentence and status 1."""
+    arguments = tyro.cli(
+        Arguments,
+        prog=f"python -m experiments.{task.name}",
+        description=f"{task.description}\n\nPresets: {', '.join(task.presets)} "
+        f"(default: {task.default}).",
+        args=argv,
+    )
+    run: RunDirectory | None = None
+    try:
+        run = _claim(task, arguments)
+        _execute(task, arguments, run)
+    except UserError as error:
+        error_console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(_STATUS_ERROR)
+    except (TrainingInterruptedError, KeyboardInterrupt) as stop:
+        say(str(stop) or "stopped at once")
+        if run is not None:
+            say(f"continue with `{_continuation(task, arguments, run)}`")
+        sys.exit(_STATUS_INTERRUPTED)
+
+
+def _continuation(task: Task[Any], arguments: Arguments, run: RunDirectory) -> str:
+    words = {"both": "", "train": " train", "evaluate": " evaluate"}[arguments.command]
+    data = f" --data-root {arguments.data_root}" if arguments.data_root is not None else ""
+    resume = "" if arguments.command == "evaluate" else " --resume"
+    return f"python -m experiments.{task.name}{words} --run-dir {run.path}{data}{resume}"
+
+
+def show_summary(summary: Summary, title: str) -> None:
+    """Print results as a table."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in summary.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
+    """The run directory that the arguments name, checked before anything is computed."""
+    if arguments.preset is not None and arguments.preset not in task.presets:
+        raise UserError(
+            f"unknown preset {arguments.preset!r}; choose one of {', '.join(task.presets)}."
+        )
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed {arguments.seed} is not between 0 and 2**32 - 1.")
+    if arguments.command == "evaluate":
+        if arguments.resume:
+            raise UserError("evaluate has nothing to resume; leave --resume away.")
+        return open_run(
+            _existing(task, arguments), task.name, preset=arguments.preset, seed=arguments.seed
+        )
+    if arguments.run_dir is not None:
+        path = arguments.run_dir
+    elif arguments.resume:
+        path = _existing(task, arguments)
+    else:
+        preset = arguments.preset or task.default
+        path = _RUNS / task.name / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if holds_run(path):
+        return continue_run(
+            path, task.name, preset=arguments.preset, seed=arguments.seed, resume=arguments.resume
+        )
+    if arguments.resume:
+        say(f"{path} holds no run yet: starting at step 0.")
+    preset = arguments.preset or task.default
+    return start_run(
+        path, RunRecord.new(task.name, preset, arguments.seed or 0, task.presets[preset])
+    )
+
+
+def _existing(task: Task[Any], arguments: Arguments) -> Path:
+    return arguments.run_dir or newest_run(_RUNS / task.name, task.name, arguments.preset)
+
+
+def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
+    record = run.record
+    settings = record.settings_as(type(task.presets[task.default]))
+    say(f"{task.name}, preset {record.preset}, seed {record.seed}, run directory {run.path}")
+    if arguments.command != "evaluate":
+        run.discard_summary()
+        task.train(settings, run, arguments.data_root)
+    if arguments.command != "train":
+        summary = task.evaluate(settings, run, arguments.data_root)
+        run.write_summary(summary)
+        show_summary(summary, f"{task.name}, {record.preset}")
+        say(f"figures and summary.json are in {run.path}")

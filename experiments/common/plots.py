@@ -1,0 +1,148 @@
+"""Figures, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.common.files import write_atomically
+
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    # Distinct for the colour-blind: Okabe and Ito's palette.
+    "axes.prop_cycle": cycler(
+        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    ),
+}
+_DPI = 150
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A median with its quartiles.
+
+    Attributes:
+        x: Where, [K].
+        middle: Median, [K].
+        low: Lower quartile, [K]; None for a bare line.
+        high: Upper quartile, [K].
+    """
+
+    x: np.ndarray
+    middle: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+    @classmethod
+    def quartiles(cls, x: np.ndarray, values: np.ndarray) -> Curve:
+        """The median and quartiles of `values` [K, N] over its last axis, NaN left out."""
+        low, middle, high = np.nanpercentile(values, (25, 50, 75), axis=-1)
+        return cls(x, middle, low, high)
+
+
+def image_rows(path: Path, rows: Mapping[str, np.ndarray], title: str) -> None:
+    """Save labelled rows of images.
+
+    Args:
+        path: The png.
+        rows: Label to images [N, H, W, C] in [0, 1] with 1 or 3 channels; the same N in each row.
+        title: Heading of the figure.
+    """
+    count = max(len(images) for images in rows.values())
+    height, width = next(iter(rows.values())).shape[1:3]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(
+            figsize=(0.62 * count + 1.2, 0.62 * len(rows) * height / width + 0.55),
+            layout="constrained",
+        )
+        grid = figure.subplots(len(rows), count, squeeze=False)
+        for axes, (label, images) in zip(grid, rows.items(), strict=True):
+            for axis, image in zip(axes, images, strict=True):
+                _show(axis, image)
+            axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        figure.suptitle(title)
+        _save(figure, path)
+
+
+def image_grid(path: Path, images: np.ndarray, columns: int, title: str) -> None:
+    """Save images as a grid, row by row.
+
+    Args:
+        path: The png.
+        images: [N, H, W, C] in [0, 1] with 1 or 3 channels, N a multiple of `columns`.
+        columns: Images a row.
+        title: Heading of the figure.
+    """
+    rows = {" " * row: images[row * columns :][:columns] for row in range(len(images) // columns)}
+    image_rows(path, rows, title)
+
+
+def curves(
+    path: Path,
+    panels: Sequence[Mapping[str, Curve]],
+    *,
+    titles: Sequence[str],
+    xlabels: Sequence[str],
+    ylabels: Sequence[str],
+    log_x: bool = False,
+) -> None:
+    """Save panels of curves side by side, the vertical axis logarithmic.
+
+    Args:
+        path: The png.
+        panels: For each panel, label to curve.
+        titles: One a panel.
+        xlabels: One a panel.
+        ylabels: One a panel.
+        log_x: Whether the horizontal axes are logarithmic, too.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
+        for number, axis in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
+            for label, curve in panels[number].items():
+                (line,) = axis.plot(curve.x, curve.middle, label=label)
+                if curve.low is not None and curve.high is not None:
+                    axis.fill_between(
+                        curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.18, lw=0
+                    )
+            axis.set(
+                title=titles[number],
+                xlabel=xlabels[number],
+                ylabel=ylabels[number],
+                yscale="log",
+                xscale="log" if log_x else "linear",
+            )
+            axis.legend()
+        _save(figure, path)
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    grey = image.shape[-1] == 1
+    axis.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png", dpi=_DPI)
+    write_atomically(path, content.getvalue())
