@@ -15,7 +15,7 @@ from experiments.common.data.location import data_root
 from experiments.common.errors import UserError
 from experiments.common.terminal import say
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _TIMEOUT = 30  # seconds without an answer
 
 
