@@ -1,7 +1,29 @@
 """Joint inference and input optimisation in deep equilibrium networks."""
 
-from jdeq import adjoints, solvers
+from jdeq import adjoints, joint, projections, regularization, solvers
 from jdeq.fixed_point import deq, fixed_point
+from jdeq.joint.augmented import AugmentedState, KKTResidual
+from jdeq.joint.nested import nested_solve
+from jdeq.joint.problem import InputProblem
+from jdeq.joint.solve import joint_solve
+from jdeq.joint.value import input_value
 from jdeq.solution import History, Result, Solution
 
-__all__ = ["History", "Result", "Solution", "adjoints", "deq", "fixed_point", "solvers"]
+__all__ = [
+    "AugmentedState",
+    "History",
+    "InputProblem",
+    "KKTResidual",
+    "Result",
+    "Solution",
+    "adjoints",
+    "deq",
+    "fixed_point",
+    "input_value",
+    "joint",
+    "joint_solve",
+    "nested_solve",
+    "projections",
+    "regularization",
+    "solvers",
+]

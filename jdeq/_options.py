@@ -134,9 +134,7 @@ def check_same(owner: str, what: str, given: PyTree, expected: PyTree, advice: s
         raise ValueError(
             f"{owner}: {what} has structure {given_tree}, but {expected_tree} is expected; {advice}"
         )
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True)
     for (path, got), want in pairs:
         got_text, want_text = _describe(got), _describe(want)
         if got_text != want_text:

@@ -31,6 +31,9 @@ STAGNATION_GAIN = 1e-3
 GUARD_SLACK = 1.3
 """An iterate may be returned only if its guard is within this factor of the best guard seen."""
 
+GUARD_BURN_IN = 10
+"""In the first steps the newest iterate is taken whatever its guard (Gurumurthy et al. 2021)."""
+
 
 class Report(NamedTuple):
     """What one evaluation says of the current iterate, per problem.
@@ -40,9 +43,12 @@ class Report(NamedTuple):
         converged: whether the iterate meets the tolerance, bool ``[B]``.
         merit: the lower, the better the iterate, ``[B]``.
         guard: a condition on the choice by ``merit``: only iterates whose guard is within
-            ``GUARD_SLACK`` of the lowest guard seen compete; ``[B]``, or None for no condition.
+            ``GUARD_SLACK`` of the lowest guard seen since step ``GUARD_BURN_IN`` compete; ``[B]``,
+            or None for no condition.
         size: what grows when the iteration runs away, ``[B]``.
         evaluations: cell evaluations this step spent, int ``[B]``, or None for one.
+        refined: the iterate that the report is about, where the step improved on the given one
+            before measuring; None is the given one.
     """
 
     residual: PyTree
@@ -51,10 +57,23 @@ class Report(NamedTuple):
     guard: Array | None
     size: Array
     evaluations: Array | None = None
+    refined: PyTree | None = None
 
 
 Step = Callable[[PyTree, PyTree, Array], tuple[PyTree, PyTree, Report]]
 """``step(iterate, memory, k) -> (next_iterate, next_memory, report_on_iterate)``."""
+
+
+class Final(NamedTuple):
+    """What is left of the loop besides its solution.
+
+    Attributes:
+        merit: of the chosen iterate, ``[B]``; infinity where no evaluation was finite.
+        memory: the method's last memory.
+    """
+
+    merit: Array
+    memory: PyTree
 
 
 class _Carry(NamedTuple):
@@ -83,7 +102,7 @@ def iterate(
     budget: Array | None = None,
     record: bool | Callable[[PyTree], PyTree] = False,
     detect_stagnation: bool = True,
-) -> tuple[Solution, PyTree]:
+) -> tuple[Solution, Final]:
     """Iterates ``step`` until every problem has finished or the step limit is reached.
 
     A finished problem's iterate is frozen, so that its numbers do not change while others go on.
@@ -101,12 +120,14 @@ def iterate(
         detect_stagnation: whether a problem whose merit no longer improves is stopped.
 
     Returns:
-        The ``Solution`` whose value is the chosen iterate, and the method's last memory.
+        The ``Solution`` whose value is the chosen iterate, and what else is left at the end.
     """
     limit = jnp.asarray(max_steps, jnp.int32)
     if budget is not None:
         limit = jnp.minimum(limit, jnp.asarray(budget, jnp.int32))
-    report_shape = jax.eval_shape(lambda s, m: step(s, m, jnp.zeros((), jnp.int32))[2], start, memory)
+    report_shape = jax.eval_shape(
+        lambda s, m: step(s, m, jnp.zeros((), jnp.int32))[2], start, memory
+    )
     carry = _start(start, memory, report_shape, max_steps, record)
 
     def running(carry: _Carry) -> Array:
@@ -124,7 +145,7 @@ def iterate(
         residual=carry.best_residual,
         history=carry.history,
     )
-    return solution, carry.memory
+    return solution, Final(carry.best_merit, carry.memory)
 
 
 def _start(
@@ -177,7 +198,8 @@ def _advance(
 
     spent = 1 if report.evaluations is None else report.evaluations
     keep_going = code == Result.max_steps
-    history = _write_history(carry, report, active, record)
+    current = carry.iterate if report.refined is None else report.refined
+    history = _write_history(carry, current, report, active, record)
     guard = report.merit if report.guard is None else report.guard
     return _Carry(
         k=carry.k + 1,
@@ -185,7 +207,7 @@ def _advance(
         memory=new_memory,
         code=code,
         steps=carry.steps + jnp.where(active, spent, 0).astype(jnp.int32),
-        best=_tree.select(accept, carry.iterate, carry.best),
+        best=_tree.select(accept, current, carry.best),
         best_residual=_tree.select(accept, report.residual, carry.best_residual),
         best_merit=jnp.where(accept, report.merit, carry.best_merit),
         best_guard=jnp.where(accept, guard, carry.best_guard),
@@ -210,9 +232,13 @@ def _choose(carry: _Carry, report: Report, eligible: Array) -> tuple[Array, Arra
     better = report.merit < carry.best_merit
     if report.guard is None:
         return carry.lowest_guard, eligible & (better | report.converged)
-    lowest = jnp.where(eligible, jnp.minimum(carry.lowest_guard, report.guard), carry.lowest_guard)
+    # The first iterates set no standard: their state is often at equilibrium exactly (zero, or a
+    # warm start) because the input has not moved yet, and none that moves could ever compete.
+    early = carry.k < GUARD_BURN_IN
+    standard = jnp.where(early, report.guard, jnp.minimum(carry.lowest_guard, report.guard))
+    lowest = jnp.where(eligible, standard, carry.lowest_guard)
     passes = report.guard <= GUARD_SLACK * lowest
-    outdated = carry.best_guard > GUARD_SLACK * lowest
+    outdated = (carry.best_guard > GUARD_SLACK * lowest) | early
     return lowest, eligible & (report.converged | (passes & (better | outdated)))
 
 
@@ -240,7 +266,7 @@ def _empty_history(
 
 
 def _write_history(
-    carry: _Carry, report: Report, active: Array, record: bool | Callable
+    carry: _Carry, current: PyTree, report: Report, active: Array, record: bool | Callable
 ) -> History | None:
     if carry.history is None:
         return None
@@ -253,6 +279,6 @@ def _write_history(
 
     recorded = carry.history.record
     if callable(record):
-        recorded = jax.tree.map(write, recorded, record(carry.iterate))
+        recorded = jax.tree.map(write, recorded, record(current))
     residual = jax.tree.map(write_active, carry.history.residual, report.residual)
     return History(residual, write_active(carry.history.merit, report.merit), recorded)

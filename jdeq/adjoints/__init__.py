@@ -2,5 +2,6 @@
 
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
+from jdeq.adjoints.state_implicit import StateImplicit
 
-__all__ = ["Adjoint", "Implicit"]
+__all__ = ["Adjoint", "Implicit", "StateImplicit"]

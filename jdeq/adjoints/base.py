@@ -64,9 +64,11 @@ def donate(bad: Array, tree: PyTree) -> PyTree:
 def mask_problems(bad: Array, tree: PyTree) -> PyTree:
     """Zeros at the ``bad`` problems of a cotangent; leaves without a tangent pass."""
     return jax.tree.map(
-        lambda leaf: leaf
-        if leaf.dtype == jax.dtypes.float0
-        else jnp.where(_tree.expand(bad, leaf), 0, leaf).astype(leaf.dtype),
+        lambda leaf: (
+            leaf
+            if leaf.dtype == jax.dtypes.float0
+            else jnp.where(_tree.expand(bad, leaf), 0, leaf).astype(leaf.dtype)
+        ),
         tree,
     )
 
@@ -74,9 +76,11 @@ def mask_problems(bad: Array, tree: PyTree) -> PyTree:
 def mask_shared(all_bad: Array, tree: PyTree) -> PyTree:
     """Zeros for a whole cotangent if no problem was good; leaves without a tangent pass."""
     return jax.tree.map(
-        lambda leaf: leaf
-        if leaf.dtype == jax.dtypes.float0
-        else jnp.where(all_bad, 0, leaf).astype(leaf.dtype),
+        lambda leaf: (
+            leaf
+            if leaf.dtype == jax.dtypes.float0
+            else jnp.where(all_bad, 0, leaf).astype(leaf.dtype)
+        ),
         tree,
     )
 

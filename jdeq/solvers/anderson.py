@@ -104,6 +104,18 @@ class Anderson:
         z_next = jax.tree.map(lambda a, window: a - _combine(window, gamma), y, dy)
         return z_next, AndersonMemory(g, y, dg, dy, gram)
 
+    def forget(self, memory: AndersonMemory, problems: Array) -> AndersonMemory:
+        """Empties the windows of ``problems`` (bool ``[B]``): their next step is a plain one."""
+
+        def clear(window: Array) -> Array:
+            return jnp.where(_tree.expand(problems, window), jnp.zeros_like(window), window)
+
+        windows = (memory.dg, memory.dy, memory.gram)
+        windows = lax.cond(
+            jnp.any(problems), lambda w: jax.tree.map(clear, w), lambda w: w, windows
+        )
+        return memory._replace(dg=windows[0], dy=windows[1], gram=windows[2])
+
     def _products(
         self,
         gram: Array,
@@ -120,7 +132,9 @@ class Anderson:
             gram = lax.dynamic_update_index_in_dim(gram, row, slot, 1)
             return lax.dynamic_update_index_in_dim(gram, row, slot, 2), rhs
         # dz = dy - mixing dg, so its products need no third window.
-        new_dz = jax.tree.map(lambda a, b: a - jnp.asarray(self.mixing, a.dtype) * b, new_dy, new_dg)
+        new_dz = jax.tree.map(
+            lambda a, b: a - jnp.asarray(self.mixing, a.dtype) * b, new_dy, new_dg
+        )
         dg_dot_dz, dg_dot_dg, dg_dot_g = _window_products(dg, [new_dz, new_dg, g])
         dy_dot_dg, dy_dot_g = _window_products(dy, [new_dg, g])
         column = dy_dot_dg - self.mixing * dg_dot_dg

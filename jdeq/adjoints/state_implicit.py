@@ -1,0 +1,120 @@
+"""The first-order gradient of a joint solve: through the equilibrium, with x held."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jdeq import _tree
+from jdeq.adjoints import base
+from jdeq.adjoints.implicit import Implicit, check_backward_options
+from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.solution import Solution
+from jdeq.solvers.anderson import Anderson
+from jdeq.solvers.base import Solver
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateImplicit:
+    """Implicit gradient of ``z*`` at constant ``x*``, as in the published training code.
+
+    For a cotangent ``v`` of ``z*`` it solves ``u = (df/dz)^T u + v`` and returns ``u^T df/dtheta``.
+    The forward solve's own adjoint ``mu`` solves this equation for ``v = dl/dz``; the solve starts
+    from the multiple of ``mu`` that fits ``v`` best, which is the answer already where the outer
+    loss is a multiple of the inner one. ``x*`` and ``mu`` are constants: where the outer loss
+    depends on how ``x*`` moves with the parameters, this is not its gradient.
+
+    Attributes:
+        solver: solver of the adjoint equation; None is ``Anderson()``.
+        rtol: its relative tolerance; None is the joint solve's.
+        atol: its absolute tolerance, as a fraction of the cotangent's norm; None is the joint
+            solve's.
+        max_steps: its step limit; None is the joint solve's.
+
+    Raises:
+        TypeError: if ``solver`` is not a solver.
+        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    """
+
+    solver: Solver | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_backward_options("StateImplicit", self.solver, self.rtol, self.atol, self.max_steps)
+
+    def solve(
+        self,
+        run: Callable[[Any, Any, Controls], Solution],
+        cell: Callable[[Any, tuple, PyTree], PyTree],
+        max_steps: int,
+        given: Any,
+        start: Any,
+        controls: Controls,
+        probe: Array | None,
+    ) -> Solution:
+        """Runs a joint solve with this rule attached to ``z*``.
+
+        Args:
+            run: ``run(given, start, controls)``, the solve.
+            cell: ``cell(theta, (x, *rest), z) -> z``.
+            max_steps: the joint solve's step limit.
+            given: theta, target and rest, see ``jdeq.joint.run.Given``.
+            start: the first augmented state; its gradient is zero.
+            controls: tolerances and budget.
+            probe: zeros ``[B, 3]`` whose cotangent is the outcome of the backward solve, or None.
+
+        Returns:
+            The solution.
+        """
+        equilibrium = Equilibrium(cell, self.solver or Anderson(), self.max_steps or max_steps)
+        implicit = Implicit(rtol=self.rtol, atol=self.atol)
+
+        @jax.custom_vjp
+        def solve(given, start, controls, probe):
+            return run(given, start, controls)
+
+        def forward(given, start, controls, probe):
+            solution = solve(given, start, controls, probe)
+            return solution, (given, solution, controls, probe)
+
+        def backward(saved, cotangent):
+            given, solution, controls, probe = saved
+            z, x, mu = solution.value
+            inputs = (x, *given.rest)
+            at_z = dataclasses.replace(solution, value=z)
+            v = base.mask_problems(base.failed(solution.result), cotangent.value.z)
+            theta_bar, inputs_bar, adjoint = implicit.pull_back(
+                equilibrium,
+                given.theta,
+                inputs,
+                at_z,
+                v,
+                controls,
+                start=_multiple_of(mu, v, cell, given.theta, inputs, z),
+            )
+            given_bar = type(given)(theta_bar, None, inputs_bar[1:])
+            return given_bar, None, None, base.probe_cotangent(probe, adjoint)
+
+        solve.defvjp(forward, backward)
+        return solve(given, start, controls, probe)
+
+
+def _multiple_of(
+    mu: PyTree, v: PyTree, cell: Callable, theta: Any, inputs: tuple, z: PyTree
+) -> PyTree:
+    """``c mu`` with the ``c`` that minimises ``||v - c (I - J^T) mu||``, per problem."""
+    _, pull_back = jax.vjp(lambda z: cell(theta, inputs, z), z)
+    image = _tree.subtract(mu, pull_back(mu)[0])
+    square = _tree.dot(image, image)
+    usable = jnp.isfinite(square) & (square > 0)
+    fit = jnp.where(usable, _tree.dot(v, image) / jnp.where(usable, square, 1), 0)
+    return _tree.select(usable, _tree.scale(fit, mu), _tree.zeros_like(mu))

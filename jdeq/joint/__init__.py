@@ -1,0 +1,20 @@
+"""The joint problem: methods, the augmented state, and what a solve of it returns."""
+
+from jdeq.joint.accelerated import Accelerated
+from jdeq.joint.augmented import AugmentedState, KKTResidual
+from jdeq.joint.descent import Descent
+from jdeq.joint.method import JointMethod
+from jdeq.joint.nested import InnerSolve
+from jdeq.joint.polished import Polished
+from jdeq.joint.run import JointAux
+
+__all__ = [
+    "Accelerated",
+    "AugmentedState",
+    "Descent",
+    "InnerSolve",
+    "JointAux",
+    "JointMethod",
+    "KKTResidual",
+    "Polished",
+]

@@ -1,0 +1,132 @@
+"""The augmented state ``(z, x, mu)``, one evaluation of its map, and its residuals."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jdeq import _tree
+from jdeq.equilibrium import Controls, within_tolerance
+from jdeq.joint.problem import PureProblem, Theta
+
+PyTree = Any
+
+_LONGEST_STEP = 1e6
+"""Cap on the relative length of the step that measures stationarity."""
+
+
+class AugmentedState(NamedTuple):
+    """What the joint solve iterates; every leaf has the problem axis first.
+
+    Attributes:
+        z: the equilibrium state.
+        x: the optimised input.
+        mu: the adjoint (costate, Lagrange multiplier) of ``z = f(z, x)``, like ``z``.
+    """
+
+    z: PyTree
+    x: PyTree
+    mu: PyTree
+
+
+class KKTResidual(NamedTuple):
+    """Residuals of the first-order conditions, one entry a problem each, ``[B]``.
+
+    Attributes:
+        state: ``||f(z, x) - z||``.
+        adjoint: ``||(df/dz)^T mu + dl/dz - mu||``.
+        stationarity: ``||x - P(x - s g)|| / (1 + ||x||)`` with ``g = (df/dx)^T mu + dl/dx`` and
+            ``s = (1 + ||x||)^2 / (|l_start| + |l|)``; without a constraint that is
+            ``||g|| (1 + ||x||) / (|l_start| + |l|)``. It does not change with the units of ``l``.
+    """
+
+    state: Array
+    adjoint: Array
+    stationarity: Array
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of the augmented map.
+
+    Attributes:
+        state: ``f(z, x)``.
+        adjoint: ``(df/dz)^T mu + dl/dz``.
+        gradient: ``(df/dx)^T mu + dl/dx``, like x.
+        objective: ``l(z, x)``, ``[B]``.
+    """
+
+    state: PyTree
+    adjoint: PyTree
+    gradient: PyTree
+    objective: Array
+
+
+def evaluate(
+    pure: PureProblem, theta: Theta, target: PyTree, rest: tuple, at: AugmentedState
+) -> Evaluation:
+    """One evaluation of ``f``, one vector-Jacobian product of it, and one gradient of ``l``."""
+    fz, pull_back = jax.vjp(lambda z, x: pure.cell(theta, (x, *rest), z), at.z, at.x)
+    objective, pull_back_loss = jax.vjp(
+        lambda z, x: pure.objective(theta, z, x, target, rest), at.z, at.x
+    )
+    cell_z, cell_x = pull_back(at.mu)
+    loss_z, loss_x = pull_back_loss(jnp.ones_like(objective))
+    return Evaluation(fz, _tree.add(cell_z, loss_z), _tree.add(cell_x, loss_x), objective)
+
+
+def kkt_residual(
+    pure: PureProblem,
+    theta: Theta,
+    rest: tuple,
+    at: AugmentedState,
+    evaluation: Evaluation,
+    first_objective: Array,
+) -> KKTResidual:
+    """The residuals at ``at``, given the evaluation there and the objective at the start."""
+    return KKTResidual(
+        state=_tree.norm(_tree.subtract(evaluation.state, at.z)),
+        adjoint=_tree.norm(_tree.subtract(evaluation.adjoint, at.mu)),
+        stationarity=_stationarity(pure, theta, rest, at.x, evaluation, first_objective),
+    )
+
+
+def _stationarity(
+    pure: PureProblem,
+    theta: Theta,
+    rest: tuple,
+    x: PyTree,
+    evaluation: Evaluation,
+    first_objective: Array,
+) -> Array:
+    length = relative_length(x, evaluation.gradient, evaluation.objective, first_objective)
+    if pure.project is None:
+        return length
+    size, slope = 1 + _tree.norm(x), _tree.norm(evaluation.gradient)
+    factor = length * size / jnp.where(slope > 0, slope, 1)
+    moved = _tree.subtract(x, _tree.scale(factor, evaluation.gradient))
+    return _tree.norm(_tree.subtract(x, pure.project(theta, moved, rest))) / size
+
+
+def relative_length(x: PyTree, gradient: PyTree, objective: Array, first_objective: Array) -> Array:
+    """``||g|| (1 + ||x||) / (|l_start| + |l|)``, finite also where the objective is zero, ``[B]``."""
+    size, slope = 1 + _tree.norm(x), _tree.norm(gradient)
+    scale = (jnp.abs(first_objective) + jnp.abs(objective)).astype(size.dtype)
+    length = jnp.minimum(slope * size, _LONGEST_STEP * scale) / jnp.where(scale > 0, scale, 1)
+    return jnp.where((scale == 0) & (slope > 0), _LONGEST_STEP, length)
+
+
+def meets_tolerance(residual: KKTResidual, evaluation: Evaluation, controls: Controls) -> Array:
+    """Whether state, adjoint and stationarity are all within tolerance, bool ``[B]``."""
+    state = within_tolerance(residual.state, _tree.norm(evaluation.state), controls)
+    adjoint = within_tolerance(residual.adjoint, _tree.norm(evaluation.adjoint), controls)
+    stationarity = within_tolerance(residual.stationarity, 1.0, controls)
+    return state & adjoint & stationarity
+
+
+def size(residual: KKTResidual, evaluation: Evaluation) -> Array:
+    """What grows when the iteration runs away, ``[B]``."""
+    state = _tree.norm(evaluation.state) + residual.state
+    return state + _tree.norm(evaluation.adjoint) + residual.adjoint

@@ -1,0 +1,113 @@
+"""Any optax optimiser on x inside the augmented map."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from jdeq import _options, _tree
+from jdeq.joint.augmented import AugmentedState, Evaluation, KKTResidual
+from jdeq.joint.method import Context
+
+PyTree = Any
+
+_ADAM = {"b1": 0.8, "b2": 0.95, "eps": 1e-20}
+"""Short memories suit tens of steps; the tiny eps keeps steps free of the objective's units."""
+
+_LAST_STEP = 0.02
+"""Share of the first step that is left of the default schedule at its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """An optimiser moves x while state and adjoint are tracked, all from the same old iterate.
+
+        z  <- z  + state_relaxation   (f(z, x) - z)
+        mu <- mu + adjoint_relaxation ((df/dz)^T mu + dl/dz - mu)
+        x  <- P(x + optimizer(g)),    g = (df/dx)^T mu + dl/dx
+
+    The published map (Gurumurthy et al. 2021, equations 9 to 11) is the case of plain gradient
+    steps. The optimiser is mapped over problems: each has its own moments and norms.
+
+    Attributes:
+        optimizer: any optax transformation whose updates are added to x. None is Adam, whose steps
+            do not depend on the units of the objective, decayed by a cosine over ``max_steps``.
+            optax transformations compare by identity: build one once and reuse it, or every eager
+            call compiles anew.
+        step_size: first step of the default Adam, in units of an entry of x; unused, and refused,
+            with an optimiser of one's own.
+        state_relaxation: in (0, 1].
+        adjoint_relaxation: in (0, 1].
+
+    Raises:
+        TypeError: if ``optimizer`` is not an optax transformation.
+        ValueError: if an option is out of range, or both ``optimizer`` and ``step_size`` are given.
+    """
+
+    optimizer: optax.GradientTransformation | None = None
+    step_size: float | None = None
+    state_relaxation: float = 1.0
+    adjoint_relaxation: float = 1.0
+
+    def __post_init__(self) -> None:
+        _options.check_fraction("Descent", "state_relaxation", self.state_relaxation)
+        _options.check_fraction("Descent", "adjoint_relaxation", self.adjoint_relaxation)
+        if self.optimizer is not None:
+            check_optimizer("Descent", self.optimizer)
+            if self.step_size is not None:
+                raise ValueError(
+                    f"Descent: both optimizer and step_size={self.step_size!r} were given, but "
+                    f"step_size belongs to the default optimiser; set the rate of your own instead."
+                )
+        elif self.step_size is not None:
+            _options.check_positive("Descent", "step_size", self.step_size)
+
+    def transformation(self, max_steps: int) -> optax.GradientTransformation:
+        """The optimiser in use, its schedule spanning ``max_steps``."""
+        if self.optimizer is not None:
+            return self.optimizer
+        first = 0.1 if self.step_size is None else self.step_size
+        return optax.adam(optax.cosine_decay_schedule(first, max_steps, _LAST_STEP), **_ADAM)
+
+    def init(self, state: AugmentedState, max_steps: int) -> PyTree:
+        """The optimiser's state, one a problem."""
+        return jax.vmap(self.transformation(max_steps).init)(state.x)
+
+    def step(
+        self,
+        state: AugmentedState,
+        evaluation: Evaluation,
+        residual: KKTResidual,
+        memory: PyTree,
+        context: Context,
+    ) -> tuple[AugmentedState, PyTree]:
+        """One relaxed step of state and adjoint and one optimiser step of x."""
+        del residual
+        x, memory = self.move(state.x, evaluation.gradient, memory, context)
+        return self.track(state, evaluation, x), memory
+
+    def move(
+        self, x: PyTree, gradient: PyTree, memory: PyTree, context: Context
+    ) -> tuple[PyTree, PyTree]:
+        """One projected optimiser step of x, and the optimiser's next state."""
+        optimizer = self.transformation(context.max_steps)
+        updates, memory = jax.vmap(optimizer.update)(gradient, memory, x)
+        return context.project(optax.apply_updates(x, updates)), memory
+
+    def track(self, state: AugmentedState, evaluation: Evaluation, x: PyTree) -> AugmentedState:
+        """The next state with ``x`` in it: state and adjoint relaxed towards their images."""
+        z = _tree.relax(state.z, evaluation.state, self.state_relaxation)
+        mu = _tree.relax(state.mu, evaluation.adjoint, self.adjoint_relaxation)
+        return AugmentedState(z, x, mu)
+
+
+def check_optimizer(owner: str, optimizer: Any) -> None:
+    """Refuses what is not an optax transformation."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"{owner}: optimizer={optimizer!r} was given, but an optax gradient transformation is "
+            f"expected, for example optax.adam(0.1)."
+        )

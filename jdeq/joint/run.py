@@ -1,0 +1,118 @@
+"""The joint iteration of a pure problem, without a gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jdeq.equilibrium import Controls
+from jdeq.iterate import Report, iterate
+from jdeq.joint import augmented
+from jdeq.joint.augmented import AugmentedState
+from jdeq.joint.method import Context, JointMethod
+from jdeq.joint.problem import PureProblem, Theta
+from jdeq.solution import Solution
+
+PyTree = Any
+
+
+class JointAux(NamedTuple):
+    """Further outputs of a solve of an input problem.
+
+    Attributes:
+        objective: the objective at the returned ``(z, x)``, ``[B]``; a constant to autodiff
+            (``input_value`` returns a differentiable one).
+    """
+
+    objective: Array
+
+
+class Given(NamedTuple):
+    """The arguments of a solve that gradients may flow to.
+
+    Attributes:
+        theta: what all problems share.
+        target: one entry a problem.
+        rest: ``()``, or ``(data,)`` with one entry a problem.
+    """
+
+    theta: Theta
+    target: PyTree
+    rest: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class JointRun:
+    """How the KKT point of a pure problem is found.
+
+    Attributes:
+        pure: the problem.
+        method: makes the next augmented state.
+        max_steps: limit on the iterations.
+        record: whether, or what, the history keeps.
+    """
+
+    pure: PureProblem
+    method: JointMethod
+    max_steps: int
+    record: bool | Callable[[AugmentedState], PyTree] = False
+
+    def __call__(self, given: Given, start: AugmentedState, controls: Controls) -> Solution:
+        """Iterates the augmented map from ``start`` until every problem meets the KKT tolerance."""
+        project = projection(self.pure, given)
+        start = start._replace(x=project(start.x))
+
+        def step(state: AugmentedState, memory: PyTree, k: Array):
+            method_memory, first_objective = memory
+            evaluation = augmented.evaluate(self.pure, given.theta, given.target, given.rest, state)
+            first_objective = jnp.where(k == 0, evaluation.objective, first_objective)
+            residual = augmented.kkt_residual(
+                self.pure, given.theta, given.rest, state, evaluation, first_objective
+            )
+            constrained = self.pure.project is not None
+            context = Context(k, self.max_steps, first_objective, project, constrained)
+            new_state, method_memory = self.method.step(
+                state, evaluation, residual, method_memory, context
+            )
+            report = Report(
+                residual=residual,
+                converged=augmented.meets_tolerance(residual, evaluation, controls),
+                merit=evaluation.objective,
+                guard=residual.state,
+                size=augmented.size(residual, evaluation),
+            )
+            return new_state, (method_memory, first_objective), report
+
+        memory = (
+            self.method.init(start, self.max_steps),
+            objective_zeros(self.pure, given, start),
+        )
+        solution, final = iterate(
+            step,
+            start,
+            memory,
+            max_steps=self.max_steps,
+            budget=controls.budget,
+            record=self.record,
+            # A decaying schedule makes its progress at the end; waiting for it is no stagnation.
+            detect_stagnation=False,
+        )
+        return dataclasses.replace(solution, aux=JointAux(final.merit))
+
+
+def projection(pure: PureProblem, given: Given) -> Callable[[PyTree], PyTree]:
+    """``project(x)`` for the batch at hand; the identity where there is no constraint."""
+    if pure.project is None:
+        return lambda x: x
+    return lambda x: pure.project(given.theta, x, given.rest)
+
+
+def objective_zeros(pure: PureProblem, given: Given, start: AugmentedState) -> Array:
+    """Zeros like the objective, ``[B]``."""
+    losses = jax.eval_shape(pure.objective, given.theta, start.z, start.x, given.target, given.rest)
+    return jnp.zeros(losses.shape, losses.dtype)
