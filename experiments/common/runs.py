@@ -71,7 +71,7 @@ class RunRecord:
                 f"this run was written by another version of {self.task}, whose settings differ "
                 f"in {different}; use that version, or start a new run."
             )
-        return kind(**{name: _tuples(value) for name, value in self.settings.items()})
+        return kind(**self.settings)
 
 
 class RunDirectory:
@@ -169,7 +169,9 @@ def open_run(
         raise UserError(f"{path} holds no run: {config} does not exist.")
     try:
         record = RunRecord(**json.loads(config.read_text()))
-    except (ValueError, TypeError) as error:
+        settings = {name: _tuples(value) for name, value in record.settings.items()}
+        record = dataclasses.replace(record, settings=settings)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{config} is damaged ({error}); restore it, or start a new run elsewhere."
         ) from error
@@ -229,6 +231,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
@@ -250,7 +253,7 @@ class MetricsLog:
         write_atomically(self._path, text.encode())
         self._file = self._path.open("a")
         self._events = SummaryWriter(
-            str(run.path / "tensorboard"), purge_step=step + 1, flush_secs=10
+            str(run.path / "tensorboard"), purge_step=step + 1, filename_suffix=f".from{step}"
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -1,0 +1,43 @@
+"""Figures: written whole, and of the content they were given."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from experiments.common.plots import Curve, curves, image_grid, image_rows
+
+
+def width(path):
+    with Image.open(path) as image:
+        return image.width
+
+
+def brightness(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L")).mean()
+
+
+def test_grids_of_grey_and_colour_images(tmp_path):
+    dark, bright = np.zeros((6, 5, 4, 1)), np.ones((6, 5, 4, 1))
+    image_rows(tmp_path / "dark.png", {"a": dark, "b": dark}, "title")
+    image_rows(tmp_path / "bright.png", {"a": bright, "b": bright}, "title")
+    assert brightness(tmp_path / "bright.png") > brightness(tmp_path / "dark.png") + 60
+    image_grid(tmp_path / "colour.png", np.random.default_rng(0).random((8, 5, 4, 3)), 4, "title")
+    assert width(tmp_path / "colour.png") > 100
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_curves_show_median_and_quartiles(tmp_path):
+    values = np.array([[1.0, 2.0, 3.0, np.nan], [4.0, 4.0, 4.0, 4.0]])
+    curve = Curve.quartiles(np.array([0.0, 1.0]), values)
+    np.testing.assert_allclose(curve.middle, [2, 4])
+    np.testing.assert_allclose(curve.low, [1.5, 4])
+    curves(
+        tmp_path / "curves.png",
+        [{"joint": curve}, {"nested": Curve(curve.x, curve.middle)}],
+        titles=["a", "b"],
+        xlabels=["x", "x"],
+        ylabels=["y", "y"],
+    )
+    assert width(tmp_path / "curves.png") > 100

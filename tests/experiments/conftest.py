@@ -1,0 +1,14 @@
+"""The experiments are tested in float32, whatever other tests of the session set."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="package")
+def single_precision():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", before)
