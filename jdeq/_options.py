@@ -1,4 +1,4 @@
-"""Checks of options and arguments: each refusal says what was given, what is expected, what to do."""
+"""Checks of options and arguments; a refusal says what was given, expected, and what to do."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def check_inexact(owner: str, name: str, tree: PyTree) -> None:
 
 def check_same(owner: str, what: str, given: PyTree, expected: PyTree, advice: str) -> None:
     """Refuses an output whose structure, shapes or dtypes differ from what is expected."""
-    given_tree, expected_tree = jax.tree.structure(given), jax.tree.structure(expected)
+    given_tree: Any = jax.tree.structure(given)
+    expected_tree: Any = jax.tree.structure(expected)
     if given_tree != expected_tree:
         raise ValueError(
             f"{owner}: {what} has structure {given_tree}, but {expected_tree} is expected; {advice}"

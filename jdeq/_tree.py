@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def dot(a: PyTree, b: PyTree) -> Array:
         return jnp.sum(product.reshape(product.shape[0], -1), axis=1)
 
     parts = jax.tree.leaves(jax.tree.map(leaf, a, b))
-    return sum(parts[1:], parts[0])
+    return functools.reduce(jnp.add, parts)
 
 
 def norm(tree: PyTree) -> Array:

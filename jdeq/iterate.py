@@ -255,7 +255,7 @@ def _empty_history(
     if record is False:
         return None
 
-    def rows(leaf: jax.ShapeDtypeStruct) -> Array:
+    def rows(leaf: Any) -> Array:
         return jnp.full((max_steps, *leaf.shape), jnp.nan, leaf.dtype)
 
     recorded = None

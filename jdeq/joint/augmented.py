@@ -111,7 +111,7 @@ def _stationarity(
 
 
 def relative_length(x: PyTree, gradient: PyTree, objective: Array, first_objective: Array) -> Array:
-    """``||g|| (1 + ||x||) / (|l_start| + |l|)``, finite also where the objective is zero, ``[B]``."""
+    """``||g|| (1 + ||x||) / (|l_start| + |l|)`` ``[B]``, finite also for a zero objective."""
     size, slope = 1 + _tree.norm(x), _tree.norm(gradient)
     scale = (jnp.abs(first_objective) + jnp.abs(objective)).astype(size.dtype)
     length = jnp.minimum(slope * size, _LONGEST_STEP * scale) / jnp.where(scale > 0, scale, 1)
@@ -122,7 +122,7 @@ def meets_tolerance(residual: KKTResidual, evaluation: Evaluation, controls: Con
     """Whether state, adjoint and stationarity are all within tolerance, bool ``[B]``."""
     state = within_tolerance(residual.state, _tree.norm(evaluation.state), controls)
     adjoint = within_tolerance(residual.adjoint, _tree.norm(evaluation.adjoint), controls)
-    stationarity = within_tolerance(residual.stationarity, 1.0, controls)
+    stationarity = within_tolerance(residual.stationarity, jnp.ones(()), controls)
     return state & adjoint & stationarity
 
 

@@ -119,21 +119,26 @@ def purify(
         target,
         rest,
     )
-    project, project_captured = None, []
-    if problem.project is not None:
-        project, project_captured = _closures.hoist(
-            owner, "project", lambda x, rest: problem.project(x, *rest), x0, rest
-        )
+    project, project_captured = _purify_projection(owner, problem.project, x0, rest)
     pure = PureProblem(
         cell=lambda theta, inputs, z: cell(theta.cell, theta.params, z, inputs[0], inputs[1:]),
         objective=lambda theta, z, x, target, rest: objective(
             theta.objective, theta.params, z, x, target, rest
         ),
-        project=None if project is None else lambda theta, x, rest: project(theta.project, x, rest),
+        project=project,
     )
     theta = Theta(params, cell_captured, objective_captured, project_captured)
     _check_outputs(owner, pure, theta, target, x0, z0, rest)
     return pure, theta
+
+
+def _purify_projection(
+    owner: str, project: Callable | None, x0: PyTree, rest: tuple
+) -> tuple[Callable[[Theta, PyTree, tuple], PyTree] | None, list]:
+    if project is None:
+        return None, []
+    pure, captured = _closures.hoist(owner, "project", lambda x, rest: project(x, *rest), x0, rest)
+    return lambda theta, x, rest: pure(theta.project, x, rest), captured
 
 
 def _check_outputs(

@@ -107,9 +107,10 @@ class JointRun:
 
 def projection(pure: PureProblem, given: Given) -> Callable[[PyTree], PyTree]:
     """``project(x)`` for the batch at hand; the identity where there is no constraint."""
-    if pure.project is None:
+    project = pure.project
+    if project is None:
         return lambda x: x
-    return lambda x: pure.project(given.theta, x, given.rest)
+    return lambda x: project(given.theta, x, given.rest)
 
 
 def objective_zeros(pure: PureProblem, given: Given, start: AugmentedState) -> Array:

@@ -46,7 +46,9 @@ def joint_solve(
     One iteration costs one evaluation of the cell, one vector-Jacobian product of it and one
     gradient of the objective. A problem is done when
 
-        ||f - z|| <= atol + rtol ||f||,  ||A - mu|| <= atol + rtol ||A||,  stationarity <= atol + rtol
+        ||f - z||  <= atol + rtol ||f||
+        ||A - mu|| <= atol + rtol ||A||
+        stationarity <= atol + rtol
 
     with ``A = (df/dz)^T mu + dl/dz`` and the stationarity of ``KKTResidual``. Otherwise the lowest
     objective among the iterates is returned whose state residual is within 1.3 of the lowest so

@@ -153,7 +153,7 @@ def _refuse_second_derivative(state: AugmentedState) -> AugmentedState:
 
 
 @_refuse_second_derivative.defjvp
-def _refuse(primals: tuple, tangents: tuple) -> None:
+def _refuse(primals: tuple, tangents: tuple) -> tuple[AugmentedState, AugmentedState]:
     raise NotImplementedError(
         "input_value: a second derivative was asked for, but the envelope rule holds the solution "
         "constant, so its derivative would miss how the solution moves with the parameters; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -178,8 +179,8 @@ def _window_products(windows: PyTree, vectors: list[PyTree]) -> tuple[Array, ...
             preferred_element_type=dtype,
         )
 
-    parts = jax.tree.leaves(jax.tree.map(leaf, windows, *vectors))
-    return tuple(sum(parts[1:], parts[0]))
+    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, windows, *vectors))
+    return tuple(functools.reduce(lambda a, b: a + b, parts))
 
 
 def _combine(window: Array, gamma: Array) -> Array:
