@@ -1,0 +1,1 @@
+"""A decoder-only generator whose latent codes come from the joint solve."""

@@ -1,0 +1,146 @@
+"""Settings of the generative task, and its presets.
+
+Each preset says which command runs it, how long it takes and what to expect of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Attributes:
+        dataset: Name of the images, see `experiments.common.data`.
+        image_size: (height, width) to resize to; None keeps the data set's.
+        generator: `dense`, one fully connected state; `multiscale`, convolutional branches.
+        hidden: Width of the dense generator's state.
+        channels: Channels of the multiscale generator's branches, finest first.
+        latent_dim: Dimension of the latent code x.
+        steps: Training steps.
+        batch_size: Images a step.
+        learning_rate: First rate of Adam on the parameters; it falls to zero along a cosine.
+        jacobian_weight: Weight of the penalty `||df/dz||_F^2 / dim z` at the equilibrium.
+        jacobian_probes: Random vectors that estimate it.
+        latent_penalty: Weight of `||x||^2` in the objective.
+        inner_steps: Iterations of the joint solve in training.
+        inner_step_size: First step of Adam on x; it falls along a cosine over the iterations.
+        evaluation_steps: Iterations of the joint solve on test images.
+        evaluation_batch: Images solved at once in the evaluation.
+        mixture_components: Components of the Gaussian mixture on the training latents.
+        mixture_images: Training images whose latents the mixture is fitted to, at most.
+        speed_problems: Test images of the speed measurement, at most; as many training images
+            tune the methods.
+        speed_joint_steps: Lengths of the joint solve among which its tuning chooses.
+        speed_joint_rates: First steps among which it chooses.
+        speed_nested_steps: Optimiser steps among which the tuning of the nested method chooses.
+        speed_nested_rates: Learning rates among which it chooses.
+        log_every: Training steps between rows of metrics.
+        checkpoint_every: Training steps between checkpoints.
+    """
+
+    dataset: str
+    image_size: tuple[int, int] | None
+    generator: Literal["dense", "multiscale"]
+    latent_dim: int
+    steps: int
+    hidden: int = 256
+    channels: tuple[int, ...] = ()
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    jacobian_weight: float = 0.1
+    jacobian_probes: int = 1
+    latent_penalty: float = 1e-3
+    inner_steps: int = 60
+    inner_step_size: float = 0.3
+    evaluation_steps: int = 300
+    evaluation_batch: int = 256
+    mixture_components: int = 20
+    mixture_images: int = 4096
+    speed_problems: int = 256
+    speed_joint_steps: tuple[int, ...] = (80, 120, 180)
+    speed_joint_rates: tuple[float, ...] = (0.2, 0.3, 0.5)
+    speed_nested_steps: tuple[int, ...] = (40, 80)
+    speed_nested_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
+    log_every: int = 20
+    checkpoint_every: int = 200
+
+
+_DIGITS = Config(dataset="digits", image_size=None, generator="dense", latent_dim=16, steps=1500)
+
+PRESETS = {
+    # python -m experiments.generative --preset smoke
+    # Shows within a minute on 2 CPU cores that everything works; its numbers mean nothing.
+    "smoke": replace(
+        _DIGITS,
+        steps=60,
+        hidden=64,
+        inner_steps=20,
+        evaluation_steps=60,
+        mixture_components=4,
+        mixture_images=256,
+        speed_problems=32,
+        speed_joint_steps=(60,),
+        speed_joint_rates=(0.3,),
+        speed_nested_steps=(30,),
+        speed_nested_rates=(0.3,),
+        checkpoint_every=20,
+        log_every=10,
+    ),
+    # python -m experiments.generative
+    "digits": _DIGITS,
+    # python -m experiments.generative --preset mnist
+    "mnist": Config(
+        dataset="mnist",
+        image_size=None,
+        generator="dense",
+        latent_dim=32,
+        steps=6000,
+        checkpoint_every=500,
+    ),
+    # python -m experiments.generative --preset faces
+    "faces": Config(
+        dataset="faces",
+        image_size=(48, 40),
+        generator="multiscale",
+        latent_dim=32,
+        steps=2000,
+        channels=(8, 16, 32),
+        batch_size=32,
+        evaluation_batch=80,
+        speed_problems=80,
+        mixture_components=5,
+    ),
+    # python -m experiments.generative --preset cifar10
+    "cifar10": Config(
+        dataset="cifar10",
+        image_size=None,
+        generator="multiscale",
+        latent_dim=64,
+        steps=5000,
+        channels=(16, 32, 64),
+        evaluation_batch=128,
+        speed_problems=128,
+    ),
+    # python -m experiments.generative --preset celeba-published
+    "celeba-published": Config(
+        dataset="celeba",
+        image_size=None,
+        generator="multiscale",
+        latent_dim=128,
+        steps=220 * 3391,
+        channels=(32, 64, 128, 256),
+        batch_size=48,
+        jacobian_weight=2.0,
+        jacobian_probes=2,
+        latent_penalty=0.0,
+        inner_steps=100,
+        evaluation_batch=64,
+        speed_problems=64,
+        log_every=100,
+        checkpoint_every=2000,
+    ),
+}

@@ -1,0 +1,92 @@
+"""The input problem of the task: find the latent code whose image comes nearest to the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+import jdeq
+from experiments.generative.config import Config
+from experiments.generative.model import DenseGenerator, MultiscaleGenerator
+
+PyTree = Any
+
+_EQUILIBRIUM_RTOL = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A generator network without its parameters.
+
+    Attributes:
+        graph: The network's structure.
+        problem: Minimise over x the squared error of the image plus `latent_penalty ||x||^2`.
+        latent_dim: Dimension of x.
+    """
+
+    graph: nnx.GraphDef
+    problem: jdeq.InputProblem
+    latent_dim: int
+
+    def decode(self, params: PyTree, z: PyTree) -> Array:
+        """The images of equilibria: [B, H, W, C] in [0, 1]."""
+        return nnx.merge(self.graph, params).decode(z)
+
+    def images(self, params: PyTree, x: Array) -> Array:
+        """What the generator makes of latents at their equilibria: [B, H, W, C] in [0, 1]."""
+        return _images(self, params, x)
+
+    def start(self, params: PyTree, count: int) -> tuple[Array, PyTree]:
+        """(x0, z0) of `count` problems."""
+        z0 = nnx.merge(self.graph, params).initial_state(count)
+        return jnp.zeros((count, self.latent_dim)), z0
+
+
+def build_generator(
+    config: Config, image_shape: tuple[int, int, int], seed: int
+) -> tuple[Generator, PyTree]:
+    """The generator of the settings and its initial parameters."""
+    rngs = nnx.Rngs(seed)
+    if config.generator == "dense":
+        model = DenseGenerator(
+            image_shape, latent_dim=config.latent_dim, hidden=config.hidden, rngs=rngs
+        )
+    else:
+        model = MultiscaleGenerator(
+            image_shape, latent_dim=config.latent_dim, channels=config.channels, rngs=rngs
+        )
+    graph, params = nnx.split(model)
+
+    def cell(params: PyTree, z: PyTree, x: Array) -> PyTree:
+        return nnx.merge(graph, params).cell(z, x)
+
+    def objective(params: PyTree, z: PyTree, x: Array, images: Array) -> Array:
+        error = squared_error(nnx.merge(graph, params).decode(z), images)
+        return error + config.latent_penalty * jnp.sum(x**2, axis=-1)
+
+    return Generator(graph, jdeq.InputProblem(cell, objective), config.latent_dim), params
+
+
+def squared_error(images: Array, targets: Array) -> Array:
+    """Sum of squared differences of each image: [B]."""
+    return jnp.sum((images - targets) ** 2, axis=(1, 2, 3))
+
+
+def training_method(config: Config) -> jdeq.joint.Descent:
+    """Adam on x inside the augmented map, its step decayed by a cosine."""
+    return jdeq.joint.Descent(step_size=config.inner_step_size)
+
+
+@partial(jax.jit, static_argnums=0)
+def _images(generator: Generator, params: PyTree, x: Array) -> Array:
+    _, z0 = generator.start(params, len(x))
+    solution = jdeq.deq(
+        generator.problem.cell, params, x, z0, rtol=_EQUILIBRIUM_RTOL, atol=0.0, max_steps=300
+    )
+    return generator.decode(params, solution.value)

@@ -1,0 +1,77 @@
+"""The speed of the joint solve against the nested method, on the trained generator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import jdeq
+from experiments.common.data import ImageData
+from experiments.common.speed import (
+    Candidate,
+    Comparison,
+    Problems,
+    compare,
+    joint_candidate,
+    nested_candidate,
+    published_candidate,
+)
+from experiments.generative.config import Config
+from experiments.generative.problem import Generator
+
+PyTree = Any
+
+_VALIDATION = 64  # training images that the methods are tuned on
+_PUBLISHED_STEPS = 50
+_PUBLISHED_RATE = 1.0
+
+
+def measure_speed(
+    generator: Generator, params: PyTree, data: ImageData, config: Config
+) -> Comparison:
+    """Time joint, tuned nested and published nested on test images."""
+    count = min(config.speed_problems, len(data.test))
+
+    def problems(images: Any) -> Problems:
+        x0, z0 = generator.start(params, len(images))
+        return Problems(params, jnp.asarray(images), x0, z0)
+
+    return compare(
+        generator.problem,
+        validation=problems(data.train.first(min(count, _VALIDATION))),
+        test=problems(data.test.first(count)),
+        joint=joint_candidates(config),
+        nested=nested_candidates(config),
+        published=published_candidate(optax.adam(_PUBLISHED_RATE), _PUBLISHED_STEPS),
+    )
+
+
+def joint_candidates(config: Config) -> list[Candidate]:
+    """Adam with a cosine-decayed step inside the augmented map, over several lengths."""
+    return [
+        joint_candidate(
+            f"Adam, cosine over {steps}",
+            jdeq.joint.Descent(_cosine_adam(steps)),
+            steps,
+            config.speed_joint_rates,
+        )
+        for steps in config.speed_joint_steps
+    ]
+
+
+def nested_candidates(config: Config) -> list[Candidate]:
+    """Adam as usual, and with the short memory and the decay that suit the joint solve."""
+    rates, lengths = config.speed_nested_rates, config.speed_nested_steps
+    usual = nested_candidate("Adam", optax.adam(1.0), max(lengths), rates)
+    decayed = [
+        nested_candidate(f"Adam, cosine over {steps}", _cosine_adam(steps), steps, rates)
+        for steps in lengths
+    ]
+    return [usual, *decayed]
+
+
+def _cosine_adam(steps: int) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(1.0, steps, 0.02)
+    return optax.adam(schedule, b1=0.8, b2=0.95, eps=1e-20)

@@ -1,0 +1,121 @@
+"""Training: every step solves for its images' latent codes, and follows the envelope gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import jdeq
+from experiments.common.data import batches, load_images
+from experiments.common.runs import RunDirectory
+from experiments.common.training import Metrics, Schedule, fit
+from experiments.generative.config import Config
+from experiments.generative.problem import (
+    Generator,
+    build_generator,
+    squared_error,
+    training_method,
+)
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """What a training step changes.
+
+    Attributes:
+        params: Parameters of the generator.
+        optimizer: State of Adam on them.
+        key: PRNG key of the Jacobian penalty's probes.
+    """
+
+    params: PyTree
+    optimizer: optax.OptState
+    key: Array
+
+
+def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
+    """Train to the last step, from the newest checkpoint if there is one."""
+    data = load_images(config.dataset, data_root, config.image_size)
+    seed = run.record.seed
+    generator, params = build_generator(config, data.shape, seed)
+    optimizer = outer_optimizer(config)
+
+    def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        key, probes = jax.random.split(state.key)
+        gradient, metrics = jax.grad(training_loss, has_aux=True)(
+            state.params, generator, config, batch["image"], probes
+        )
+        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        return TrainState(optax.apply_updates(state.params, updates), memory, key), metrics
+
+    fit(
+        update,
+        initial_state(config, params, seed),
+        batches(data.train, config.batch_size, seed),
+        run,
+        Schedule(config.steps, config.log_every, config.checkpoint_every),
+    )
+
+
+def outer_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam on the parameters, its rate falling to zero along a cosine."""
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+
+
+def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
+    """What training starts from, given the initial parameters."""
+    return TrainState(params, outer_optimizer(config).init(params), jax.random.key(seed))
+
+
+def training_loss(
+    params: PyTree, generator: Generator, config: Config, images: Array, key: Array
+) -> tuple[Array, Metrics]:
+    """Mean optimal objective of the images, plus the Jacobian penalty at their equilibria.
+
+    Args:
+        params: Parameters of the generator.
+        generator: Its network.
+        config: Settings.
+        images: [B, H, W, C] in [0, 1].
+        key: PRNG key of the penalty's probes.
+
+    Returns:
+        (loss, metrics); the gradient of the loss is the envelope gradient, exact up to the
+        residuals among the metrics.
+    """
+    x0, z0 = generator.start(params, len(images))
+    values, solution = jdeq.input_value(
+        generator.problem,
+        params,
+        images,
+        x0,
+        jax.lax.stop_gradient(z0),
+        method=training_method(config),
+        max_steps=config.inner_steps,
+    )
+    z, x, _ = solution.value
+    jacobian = jnp.mean(
+        jdeq.regularization.jacobian_frobenius(
+            generator.problem.cell, params, z, x, key, probes=config.jacobian_probes
+        )
+    )
+    loss = jnp.mean(values) + config.jacobian_weight * jacobian
+    error = jnp.mean(squared_error(generator.decode(params, z), images)) / images[0].size
+    metrics = {
+        "loss": loss,
+        "objective": jnp.mean(values),
+        "mean_squared_error": error,
+        "jacobian": jacobian,
+        "kkt_state": jnp.median(solution.residual.state),
+        "kkt_adjoint": jnp.median(solution.residual.adjoint),
+        "kkt_stationarity": jnp.median(solution.residual.stationarity),
+        "failed": jnp.mean(solution.result >= jdeq.Result.diverged),
+    }
+    return loss, metrics
