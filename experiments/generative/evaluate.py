@@ -31,7 +31,6 @@ PyTree = Any
 
 _SHOWN = 12  # images a row
 _SAMPLES = 60
-_RESIDUAL_PROBLEMS = 64
 
 
 def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summary:
@@ -136,7 +135,8 @@ def _plot_objectives(path: Path, speed: Comparison) -> None:
 def _plot_residuals(
     path: Path, generator: Generator, params: PyTree, data: ImageData, config: Config
 ) -> None:
-    targets = jnp.asarray(data.test.first(_RESIDUAL_PROBLEMS))
+    # The size of the reconstruction's batches, for which the solve is compiled already.
+    targets = jnp.asarray(data.test.first(config.evaluation_batch))
     history = solve(generator, params, targets, config).history
     steps = np.arange(1, config.evaluation_steps + 1)
     curves = {
