@@ -176,8 +176,9 @@ def _fill(template: PyTree, arrays: dict[str, np.ndarray], path: Path) -> PyTree
             value = jax.random.wrap_key_data(value)
         if value.shape != leaf.shape or value.dtype != leaf.dtype:
             raise UserError(
-                f"{path} holds {name} as {value.dtype}{list(value.shape)} where the model has "
-                f"{leaf.dtype}{list(leaf.shape)}; use the version that wrote it."
+                f"{path} holds {name} as {value.dtype}{list(value.shape)}, but the model for this "
+                f"data has {leaf.dtype}{list(leaf.shape)}; use data of the size, and the version, "
+                "that it was trained with."
             )
         filled.append(value)
     return jax.tree.unflatten(structure, filled)

@@ -113,7 +113,7 @@ def curves(
         log_x: Whether the horizontal axes are logarithmic, too.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
+        figure = Figure(figsize=(5.2 * len(panels), 3.5), layout="constrained")
         for number, axis in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
             for label, curve in panels[number].items():
                 (line,) = axis.plot(curve.x, curve.middle, label=label)
@@ -125,9 +125,9 @@ def curves(
                 title=titles[number],
                 xlabel=xlabels[number],
                 ylabel=ylabels[number],
-                yscale="log",
                 xscale="log" if log_x else "linear",
             )
+            axis.set_yscale("log", nonpositive="mask")
             axis.legend()
         _save(figure, path)
 

@@ -121,7 +121,7 @@ def nested_candidate(
 def published_candidate(optimizer: optax.GradientTransformation, steps: int) -> Candidate:
     """The published baseline: cold solves of always 18 forward and 18 backward steps."""
     inner = jdeq.joint.InnerSolve(max_steps=_PUBLISHED_STEPS, rtol=0.0, warm_start=False)
-    return nested_candidate("published nested", optimizer, steps, inner=inner)
+    return nested_candidate("Adam, cold solves", optimizer, steps, inner=inner)
 
 
 def recorded_input(state: jdeq.AugmentedState) -> PyTree:
@@ -171,17 +171,15 @@ class Comparison:
         return np.where(arrived, other.reached, 0.0) / np.where(arrived, self.joint.reached, 1.0)
 
     def gaps(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For each method (seconds [K], `(f_k - f_best) / (f_0 - f_best)` [K, B])."""
+        """For each of the three: seconds [K] and `(f_k - f_best) / (f_0 - f_best)`, [K, B]."""
         methods = (self.joint, self.nested, self.published)
         best = np.min([method.objectives.min(axis=0) for method in methods], axis=0)
+        first = self.joint.objectives[0]
+        kinds = ("joint", "nested", "published")
         return {
-            method.name: (method.seconds, (method.objectives - best) / (self._first - best))
-            for method in methods
+            kind: (method.seconds, (method.objectives - best) / (first - best))
+            for kind, method in zip(kinds, methods, strict=True)
         }
-
-    @property
-    def _first(self) -> np.ndarray:
-        return self.joint.objectives[0]
 
     def summary(self) -> dict[str, float | int | str]:
         """The flat results: medians, quartiles and shares over the test problems."""
@@ -256,9 +254,8 @@ def _measure(
         solution = candidate.solve(scaled, at, jnp.asarray(candidate.steps))  # compiles, too
         # Always as many rows, repeated where there are fewer, so that nothing compiles anew.
         kept = np.linspace(0, candidate.steps - 1, _ROWS).round().astype(int)
-        inputs = jax.tree.map(
-            lambda u, rate=rate, kept=kept: rate * u[kept], solution.history.record
-        )
+        assert solution.history is not None
+        inputs = jax.tree.map(partial(_rows, kept, rate), solution.history.record)
         trajectories.append(np.asarray(objectives(problem, problems, inputs), np.float64))
         rows.append(kept)
     seconds = _time(scaled, problems, runs, rows, repeats)
@@ -272,6 +269,10 @@ def _measure(
         label = candidate.name if len(candidate.rates) == 1 else f"{candidate.name}, rate {rate:g}"
         measured.append(Measured(label, spent, trajectory, reached))
     return measured
+
+
+def _rows(kept: np.ndarray, rate: float, u: Array) -> Array:
+    return rate * u[kept]
 
 
 def _time(

@@ -11,7 +11,7 @@ import numpy as np
 
 import jdeq
 from experiments.generative.config import Config
-from experiments.generative.problem import Generator
+from experiments.generative.problem import Generator, squared_error
 
 PyTree = Any
 
@@ -53,9 +53,9 @@ def infer(
         solution = solve(generator, params, targets, config)
         # The image of the latent is that of its equilibrium, which the solve's z only approaches.
         made = generator.images(params, solution.value.x)
-        errors = jnp.sum((made - targets) ** 2, axis=(1, 2, 3))
-        part = Inferred(solution.value.x, made, errors, solution.residual, solution.result)
-        parts.append(_first(part, len(images)))
+        errors = squared_error(made, targets)
+        found = (solution.value.x, made, errors, solution.residual, solution.result)
+        parts.append(Inferred(*_first(found, len(images))))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
@@ -76,8 +76,8 @@ def solve(generator: Generator, params: PyTree, targets: jax.Array, config: Conf
     )
 
 
-def _first(part: Inferred, count: int) -> Inferred:
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], part)
+def _first(tree: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], tree)
 
 
 def _filled(images: np.ndarray, size: int) -> np.ndarray:

@@ -1,0 +1,143 @@
+"""The task's command line on the smoke preset: trained, evaluated, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.common.checkpoints import restore_newest
+from experiments.common.cli import main
+from experiments.common.runs import open_run, read_metrics
+from experiments.generative.__main__ import TASK
+from experiments.generative.config import Config
+from experiments.generative.problem import build_generator
+from experiments.generative.train import initial_state
+from tests.experiments.common.data import writers
+
+ROOT = Path(__file__).parents[3]
+NUMBERS = (
+    "psnr_test",
+    "psnr_pca",
+    "latent_dim",
+    "kkt_state",
+    "kkt_adjoint",
+    "kkt_stationarity",
+    "speedup_nested",
+    "speedup_published",
+    "seconds_train",
+)
+
+
+def run(*arguments):
+    main(TASK, [str(argument) for argument in arguments])
+
+
+def fail(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "smoke"
+    run("--preset", "smoke", "--run-dir", path)
+    return path
+
+
+def test_the_smoke_preset_leaves_a_complete_run(smoke):
+    summary = json.loads((smoke / "summary.json").read_text())
+    for name in NUMBERS:
+        assert isinstance(summary[name], int | float), name
+        assert not math.isnan(summary[name]), name
+    assert summary["latent_dim"] == 16
+    assert summary["test_images"] == 360
+    assert summary["step"] == 60
+    assert isinstance(summary["device"], str)
+    assert all(isinstance(value, int | float | str) for value in summary.values())
+    figures = {path.name for path in (smoke / "figures").iterdir()}
+    assert figures == {"reconstructions.png", "samples.png", "objective.png", "residuals.png"}
+    rows = read_metrics(smoke)
+    assert [row["step"] for row in rows] == list(range(10, 61, 10))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert not list(smoke.rglob("*.tmp"))
+
+
+def test_mistakes_are_one_sentence(smoke, tmp_path, capsys):
+    assert "unknown preset 'imagenet'" in fail(capsys, "--preset", "imagenet")
+    message = fail(
+        capsys, "--preset", "mnist", "--data-root", tmp_path, "--run-dir", tmp_path / "a"
+    )
+    assert "mnist/train-images-idx3-ubyte.gz was not found" in message
+    assert "preset smoke, not mnist" in fail(capsys, "--preset", "mnist", "--run-dir", smoke)
+    assert "trained run" in fail(capsys, "--preset", "smoke", "--run-dir", smoke)
+    assert "no checkpoint yet" in fail(capsys, "evaluate", "--run-dir", tmp_path / "a")
+
+
+def states(path):
+    opened = open_run(path, "generative")
+    config = opened.record.settings_as(Config)
+    _, params = build_generator(config, (8, 8, 1), 0)
+    restored = restore_newest(opened.checkpoints, initial_state(config, params, 0), discard=False)
+    key = jax.random.key_data(restored.state.key)
+    return restored.step, jax.tree.leaves(restored.state._replace(key=key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [1, 2, 3, 5])
+def test_killed_and_resumed_it_ends_bit_for_bit_the_same(smoke, tmp_path, row):
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.generative", "train", "--preset", "smoke"]
+    with subprocess.Popen([*command, "--run-dir", path], cwd=ROOT) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(path)) < row:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+    run("train", "--run-dir", path, "--resume")
+    step, leaves = states(path)
+    expected_step, expected = states(smoke)
+    assert step == expected_step == 60
+    for one, other in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_evaluated_on_data_of_another_folder(tmp_path, monkeypatch, capsys):
+    train, test = writers.random_images(0, 96, 28, 28), writers.random_images(1, 40, 28, 28)
+    writers.write_mnist(tmp_path / "first", train, test)
+    writers.write_mnist(tmp_path / "second", train[:70], test[:33])
+    config = TASK.presets["smoke"].__class__(
+        dataset="mnist", image_size=None, generator="dense", latent_dim=8, steps=30, hidden=32,
+        batch_size=16, inner_steps=10, evaluation_steps=20, mixture_components=2,
+        speed_problems=16, speed_joint_steps=(20,), speed_joint_rates=(0.3,),
+        speed_nested_steps=(10,), speed_nested_rates=(0.3,), log_every=5, checkpoint_every=10,
+    )  # fmt: skip
+    monkeypatch.setitem(TASK.presets, "tiny", config)
+    path = tmp_path / "run"
+    run("train", "--preset", "tiny", "--run-dir", path, "--data-root", tmp_path / "first")
+    (path / "checkpoints" / "30").rename(tmp_path / "taken")
+    run("evaluate", "--run-dir", path, "--data-root", tmp_path / "second")
+    assert "evaluating step 20 of 30" in capsys.readouterr().out
+    summary = json.loads((path / "summary.json").read_text())
+    assert (summary["train_images"], summary["test_images"]) == (70, 33)
+    writers.write_mnist(
+        tmp_path / "third",
+        writers.random_images(0, 30, 14, 14),
+        writers.random_images(1, 9, 14, 14),
+    )
+    message = fail(capsys, "evaluate", "--run-dir", path, "--data-root", tmp_path / "third")
+    assert "use data of the size" in message
