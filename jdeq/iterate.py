@@ -20,13 +20,21 @@ from jdeq.solution import History, Result, Solution
 PyTree = Any
 
 DIVERGENCE_FACTOR = 1e6
-"""A problem has diverged once its size exceeds this times its first."""
+"""A problem has diverged once its size exceeds this times its usual one, which is the largest of
+its first few, and at least one: a start at zero must not make everything after it look large."""
+
+USUAL_SIZE_STEPS = 3
+"""Steps after which each block of an iterate has moved, since an input reaches the state after one
+and the adjoint after two."""
 
 STAGNATION_STEPS = 40
 """A problem has stagnated after this many steps without an improvement of its merit..."""
 
 STAGNATION_GAIN = 1e-3
-"""...by at least this fraction."""
+"""...by at least this fraction..."""
+
+STAGNATION_GROWTH = 10
+"""...unless its size exceeds this times its usual one: then it has diverged, if slowly."""
 
 GUARD_SLACK = 1.3
 """An iterate may be returned only if its guard is within this factor of the best guard seen."""
@@ -87,7 +95,7 @@ class _Carry(NamedTuple):
     best_merit: Array
     best_guard: Array  # guard of the best iterate
     lowest_guard: Array  # lowest guard of any iterate
-    first_size: Array
+    usual_size: Array
     reference_merit: Array  # merit at the last improvement that counted
     idle_steps: Array  # steps since then
     history: History | None
@@ -166,7 +174,7 @@ def _start(
         best_merit=infinite,
         best_guard=jnp.full((count,), jnp.inf, guard.dtype),
         lowest_guard=jnp.full((count,), jnp.inf, guard.dtype),
-        first_size=jnp.full((count,), jnp.inf, report.size.dtype),
+        usual_size=jnp.ones((count,), report.size.dtype),
         reference_merit=infinite,
         idle_steps=zeros,
         history=_empty_history(start, report, max_steps, record),
@@ -183,12 +191,14 @@ def _advance(
 ) -> _Carry:
     active = carry.code == Result.max_steps
     finite = _all_finite(report)
-    first_size = jnp.where(carry.k == 0, report.size, carry.first_size)
-    diverged = report.size > DIVERGENCE_FACTOR * first_size
-
-    lowest_guard, accept = _choose(carry, report, active & finite & ~diverged)
+    usual_size = jnp.where(
+        carry.k < USUAL_SIZE_STEPS, jnp.maximum(report.size, carry.usual_size), carry.usual_size
+    )
     idle_steps, reference_merit = _count_idle(carry, report)
     stagnated = (idle_steps >= STAGNATION_STEPS) & detect_stagnation
+    growth = jnp.where(stagnated, STAGNATION_GROWTH, DIVERGENCE_FACTOR).astype(usual_size.dtype)
+    diverged = (report.size > growth * usual_size) & ~report.converged
+    lowest_guard, accept = _choose(carry, report, active & finite & ~diverged)
 
     code = jnp.where(stagnated, jnp.int32(Result.stagnated), carry.code)
     code = jnp.where(diverged, jnp.int32(Result.diverged), code)
@@ -212,7 +222,7 @@ def _advance(
         best_merit=jnp.where(accept, report.merit, carry.best_merit),
         best_guard=jnp.where(accept, guard, carry.best_guard),
         lowest_guard=lowest_guard,
-        first_size=first_size,
+        usual_size=usual_size,
         reference_merit=reference_merit,
         idle_steps=idle_steps,
         history=history,
@@ -235,7 +245,7 @@ def _choose(carry: _Carry, report: Report, eligible: Array) -> tuple[Array, Arra
     # The first iterates set no standard: their state is often at equilibrium exactly (zero, or a
     # warm start) because the input has not moved yet, and none that moves could ever compete.
     early = carry.k < GUARD_BURN_IN
-    standard = jnp.where(early, report.guard, jnp.minimum(carry.lowest_guard, report.guard))
+    standard = jnp.where(early, jnp.inf, jnp.minimum(carry.lowest_guard, report.guard))
     lowest = jnp.where(eligible, standard, carry.lowest_guard)
     passes = report.guard <= GUARD_SLACK * lowest
     outdated = (carry.best_guard > GUARD_SLACK * lowest) | early

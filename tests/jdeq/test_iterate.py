@@ -1,0 +1,249 @@
+"""The loop, on hand-written steps whose every number is known."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdeq.iterate import (
+    DIVERGENCE_FACTOR,
+    GUARD_BURN_IN,
+    GUARD_SLACK,
+    STAGNATION_STEPS,
+    Report,
+    iterate,
+)
+from jdeq.solution import Result
+
+
+def play(merits, *, guards=None, sizes=None, evaluations=None, tolerance=-1.0, **options):
+    """Runs the loop over a script: row k of ``merits [T, B]`` is the report on iterate k, which
+    is the number k itself, one a problem."""
+    merits = jnp.asarray(merits, float)
+    guards = None if guards is None else jnp.asarray(guards, float)
+    sizes = jnp.ones_like(merits) if sizes is None else jnp.asarray(sizes, float)
+
+    @jax.jit
+    def run():
+        def step(position, memory, k):
+            row = merits[k]
+            report = Report(
+                residual={"r": row},
+                converged=row <= tolerance,
+                merit=row,
+                guard=None if guards is None else guards[k],
+                size=sizes[k],
+                evaluations=None if evaluations is None else jnp.asarray(evaluations)[k],
+            )
+            return position + 1, memory + 1, report
+
+        start = jnp.zeros(merits.shape[1], jnp.int32)
+        return iterate(step, start, jnp.zeros((), jnp.int32), **options)
+
+    return run()
+
+
+def script(*columns):
+    """Scripts of several problems side by side, the last entry of each repeated."""
+    length = max(len(c) for c in columns)
+    return np.array([[*c, *[c[-1]] * (length - len(c))] for c in columns], float).T
+
+
+def test_each_problem_stops_at_its_first_converged_iterate():
+    merits = script([9, 1, 9, 9, 9], [9, 9, 9, 1, 0.5], [9, 8, 7, 6, 5])
+    solution, final = play(merits, tolerance=1.0, max_steps=5)
+    assert solution.result.tolist() == [Result.converged, Result.converged, Result.max_steps]
+    assert solution.value.tolist() == [1, 3, 4]
+    assert solution.steps.tolist() == [2, 4, 5]
+    assert solution.residual["r"].tolist() == [1, 1, 5]
+    assert final.merit.tolist() == [1, 1, 5]
+
+
+def test_the_loop_ends_with_the_last_problem():
+    _, final = play(script([9, 1, 9, 9], [9, 9, 1, 9]), tolerance=1.0, max_steps=4)
+    assert final.memory == 3
+
+
+def test_the_best_iterate_is_returned_the_last_included():
+    merits = script([5, 1, 3, 4], [5, 4, 3, 2], [5, 6, 7, 8], [2, 1, 1, 2])
+    solution, _ = play(merits, max_steps=4)
+    assert solution.value.tolist() == [1, 3, 0, 1]
+    assert solution.residual["r"].tolist() == [1, 2, 5, 1]
+
+
+def test_counts_what_a_step_says_it_spent():
+    evaluations = np.array([[3, 1], [4, 1], [5, 9]])
+    solution, _ = play(
+        script([9, 1, 9], [9, 9, 9]), evaluations=evaluations, tolerance=1.0, max_steps=3
+    )
+    assert solution.steps.tolist() == [7, 11]
+
+
+def test_one_step_reports_on_the_start():
+    solution, final = play([[7.0]], max_steps=1)
+    assert solution.value.tolist() == [0]
+    assert solution.steps.tolist() == [1]
+    assert final.memory == 1
+
+
+def test_a_budget_stops_early_and_never_late():
+    merits = script([9, 8, 7, 6, 5, 4])
+    for budget, steps in [(2, 2), (6, 6), (99, 6)]:
+        solution, _ = play(merits, max_steps=6, budget=jnp.asarray(budget))
+        assert solution.steps.tolist() == [steps]
+        assert solution.result.tolist() == [Result.max_steps]
+
+
+def test_stagnates_only_after_many_idle_steps():
+    length = 3 * STAGNATION_STEPS
+    flat = np.r_[9.0, 8.0, np.full(length, 8.0)]
+    falling = 9 * 0.9995 ** np.arange(length + 2)  # two steps make a gain that counts
+    falters = np.r_[9.0, np.full(STAGNATION_STEPS - 1, 9.0), 8.0, np.full(length, 8.0)]
+    merits = script(flat, falling, falters)
+    solution, _ = play(merits, max_steps=length)
+    assert solution.result.tolist() == [Result.stagnated, Result.max_steps, Result.stagnated]
+    # One iterate sets the mark, and so many more do not beat it.
+    assert solution.steps[0] == 2 + STAGNATION_STEPS
+    assert solution.steps[2] == 1 + 2 * STAGNATION_STEPS
+    assert solution.value[0] == 1
+    solution, _ = play(merits, max_steps=length, detect_stagnation=False)
+    assert np.all(solution.result == Result.max_steps)
+
+
+def test_slow_growth_is_divergence_not_stagnation():
+    """Regression: a map that expands by a tenth a step used to stagnate."""
+    k = np.arange(100)
+    size = 1.1**k
+    solution, _ = play(script(size, np.ones(100)), sizes=script(size, np.ones(100)), max_steps=100)
+    assert solution.result.tolist() == [Result.diverged, Result.stagnated]
+    assert solution.value.tolist() == [0, 0]
+
+
+def test_diverges_once_out_of_proportion_and_keeps_the_best():
+    merits = script([9, 8, 7, 1, 9], [9, 8, 7, 6, 5])
+    sizes = script([1, 1, 1, 2 * DIVERGENCE_FACTOR, 1], [1, 1, 1, 1, 1])
+    solution, _ = play(merits, sizes=sizes, max_steps=5)
+    assert solution.result.tolist() == [Result.diverged, Result.max_steps]
+    assert solution.steps.tolist() == [4, 5]
+    assert solution.value.tolist() == [2, 4]  # the runaway iterate is not trusted, merit or not
+
+
+def test_a_start_at_zero_is_no_yardstick():
+    """Regression: sizes were compared with the first alone, so that all after zero was large."""
+    rows = {"sizes": [[0.0], [0.1], [1e3], [1e8], [1e8]]}
+    solution, _ = play([[5.0], [4.0], [3.0], [2.0], [1.0]], max_steps=5, **rows)
+    assert solution.result.tolist() == [Result.max_steps]
+    assert solution.value.tolist() == [4]
+
+
+def test_an_iterate_that_converged_far_away_is_returned():
+    """Regression: it was called converged, and another was returned."""
+    sizes = [[1.0], [1.0], [1.0], [1e9]]
+    solution, _ = play([[5.0], [4.0], [3.0], [0.0]], sizes=sizes, tolerance=0.5, max_steps=4)
+    assert solution.result.tolist() == [Result.converged]
+    assert solution.value.tolist() == [3]
+    assert solution.residual["r"].tolist() == [0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_report_stops_its_problem_alone(bad):
+    merits = script([9, 8, bad, 1, 1], [9, 8, 7, 6, 5], [bad, 1, 1, 1, 1])
+    solution, final = play(merits, max_steps=5)
+    assert solution.result.tolist() == [Result.non_finite, Result.max_steps, Result.non_finite]
+    assert solution.steps.tolist() == [3, 5, 1]
+    assert solution.value.tolist() == [1, 4, 0]
+    assert solution.residual["r"].tolist() == [8, 5, np.inf]
+    assert final.merit.tolist() == [8, 5, np.inf]
+
+
+class TestGuard:
+    """Which iterates compete: those whose guard is within a factor of the lowest so far."""
+
+    def test_in_the_burn_in_the_newest_is_taken(self):
+        merits = np.arange(GUARD_BURN_IN, dtype=float)[:, None]
+        solution, _ = play(merits, guards=np.ones_like(merits), max_steps=GUARD_BURN_IN)
+        assert solution.value.tolist() == [GUARD_BURN_IN - 1]
+
+    def test_a_low_merit_far_from_equilibrium_is_passed_over(self):
+        burn = [9.0] * GUARD_BURN_IN
+        merits = np.array([*burn, 5, 1, 4, 3])[:, None]
+        guards = np.array([*burn, 1, GUARD_SLACK + 0.1, GUARD_SLACK - 0.1, 2])[:, None]
+        solution, final = play(merits, guards=guards, max_steps=len(merits))
+        assert solution.value.tolist() == [GUARD_BURN_IN + 2]
+        assert final.merit.tolist() == [4]
+
+    def test_a_best_iterate_that_fell_behind_is_replaced(self):
+        burn = [9.0] * GUARD_BURN_IN
+        merits = np.array([*burn, 1, 8, 9])[:, None]
+        guards = np.array([*burn, 1, 0.1, 0.2])[:, None]
+        solution, _ = play(merits, guards=guards, max_steps=len(merits))
+        assert solution.value.tolist() == [GUARD_BURN_IN + 1]
+
+    def test_early_guards_set_no_standard(self):
+        """A state at rest while the input has not moved yet must not shut out what follows.
+
+        Regression: the last of them did.
+        """
+        burn = [0.0] * GUARD_BURN_IN
+        merits = np.array([9.0] * GUARD_BURN_IN + [8, 7])[:, None]
+        guards = np.array([*burn, 1, 1])[:, None]
+        solution, _ = play(merits, guards=guards, max_steps=len(merits))
+        assert solution.value.tolist() == [GUARD_BURN_IN + 1]
+
+    def test_a_converged_iterate_wins_whatever_its_merit(self):
+        merits = np.array([3.0, 1.0, 2.0])[:, None]
+
+        def step(position, memory, k):
+            row = jnp.asarray(merits)[k]
+            return position + 1, memory, Report(row, jnp.array([k == 2]), row, row, row + 1)
+
+        solution, _ = iterate(step, jnp.zeros(1, jnp.int32), (), max_steps=9)
+        assert solution.value.tolist() == [2]
+        assert solution.result.tolist() == [Result.converged]
+
+
+class TestHistory:
+    merits = script([9, 1, 8, 8], [9, 7, np.nan, 5], [4, 3, 2, 1])
+
+    def test_is_absent_unless_asked_for(self):
+        solution, _ = play(self.merits, max_steps=4)
+        assert solution.history is None
+
+    def test_has_a_row_a_step_and_nan_after_a_problem_ended(self):
+        solution, _ = play(self.merits, tolerance=1.0, max_steps=6, record=True)
+        nan = np.nan
+        want = [[9, 9, 4], [1, 7, 3], [nan, nan, 2], [nan, nan, 1], [nan] * 3, [nan] * 3]
+        np.testing.assert_array_equal(solution.history.residual["r"], want)
+        np.testing.assert_array_equal(solution.history.merit, want)
+        assert solution.history.record is None
+
+    def test_records_a_function_of_the_iterate(self):
+        solution, _ = play(
+            self.merits,
+            tolerance=1.0,
+            max_steps=6,
+            record=lambda position: {"twice": 2 * position, "sum": jnp.sum(position)},
+        )
+        # A finished problem's iterate stays where it is; rows that were not run are zero.
+        assert solution.history.record["twice"].tolist() == [
+            [0, 0, 0],
+            [2, 2, 2],
+            [2, 4, 4],
+            [2, 4, 6],
+            [0, 0, 0],
+            [0, 0, 0],
+        ]
+        assert solution.history.record["sum"].tolist() == [0, 3, 5, 6, 0, 0]
+
+
+def test_a_refined_iterate_is_what_is_kept_and_recorded():
+    def step(position, memory, k):
+        row = (10.0 - k)[None]
+        report = Report(row, row < 0, row, None, row, refined=position + 100)
+        return position + 1, memory, report
+
+    solution, _ = iterate(step, jnp.zeros(1, jnp.int32), (), max_steps=3, record=lambda s: s)
+    assert solution.value.tolist() == [102]
+    assert solution.history.record.tolist() == [[100], [101], [102]]
