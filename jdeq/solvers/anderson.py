@@ -54,8 +54,9 @@ class Anderson:
         window: number of differences kept, at least 1.
         kind: ``"II"`` (residual-minimising; robust, the default) or ``"I"``.
         mixing: step along the mixed residual, in (0, 1].
-        regularization: added to the diagonal of the least-squares problem after its columns are
-            scaled to unit norm; None is ten times the rounding unit of the dtype.
+        regularization: at least 0, added to the size of the diagonal of the system for ``gamma``
+            once that is scaled to one; 0 is none, and the more there is the nearer is the step to
+            the damped Picard step. None is ten times the rounding unit of the dtype.
 
     Raises:
         ValueError: if an option is outside its range.
@@ -148,10 +149,12 @@ class Anderson:
         regularization = self.regularization
         if regularization is None:
             regularization = 10 * float(jnp.finfo(gram.dtype).eps)
-        size = jnp.abs(jnp.diagonal(gram, axis1=1, axis2=2))
+        diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
+        size = jnp.abs(diagonal)
         unit = lax.rsqrt(jnp.where(size > 0, size, 1))
         scaled = gram * unit[:, :, None] * unit[:, None, :]
-        diagonal = jnp.where(size > 0, regularization, 1 + regularization)
+        # Type I has a negative diagonal where f contracts: more of it must still mean less gamma.
+        diagonal = jnp.where(size > 0, jnp.sign(diagonal) * regularization, 1 + regularization)
         scaled += diagonal[:, :, None] * jnp.eye(self.window, dtype=gram.dtype)
         gamma = jnp.linalg.solve(scaled, (rhs * unit)[:, :, None])[:, :, 0] * unit
         finite = jnp.all(jnp.isfinite(gamma), axis=1, keepdims=True)
@@ -180,7 +183,8 @@ def _window_products(windows: PyTree, vectors: list[PyTree]) -> tuple[Array, ...
         )
 
     parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, windows, *vectors))
-    return tuple(functools.reduce(lambda a, b: a + b, parts))
+    total: Array = functools.reduce(jnp.add, parts)
+    return tuple(total)
 
 
 def _combine(window: Array, gamma: Array) -> Array:

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdeq
+from jdeq.solution import Result
+from jdeq.solvers import Anderson, Picard
+from tests.jdeq import problems
+
+
+def reference_path(f, z, steps, window, kind, mixing, regularization=0.0):
+    """Anderson acceleration of one problem, by least squares on explicit matrices."""
+    zs, gs = [z], [f(z) - z]
+    for k in range(steps):
+        m = min(k, window)
+        z, g = zs[-1], gs[-1]
+        step = mixing * g
+        if m:
+            dZ = np.stack([zs[i + 1] - zs[i] for i in range(k - m, k)], axis=1)
+            dG = np.stack([gs[i + 1] - gs[i] for i in range(k - m, k)], axis=1)
+            left = dG if kind == "II" else dZ
+            A, b = left.T @ dG, left.T @ g
+            d = np.diag(A)
+            A = A + regularization * np.diag(d)
+            step = step - (dZ + mixing * dG) @ np.linalg.solve(A, b)
+        zs.append(z + step)
+        gs.append(f(zs[-1]) - zs[-1])
+    return np.array(zs)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+@pytest.mark.parametrize(
+    ("window", "mixing", "regularization"), [(1, 1.0, 0.0), (3, 1.0, 1e-3), (2, 0.5, 0.5)]
+)
+def test_takes_the_steps_of_the_textbook(kind, window, mixing, regularization):
+    p = problems.tanh()
+    steps = 8
+    solution = jdeq.deq(
+        p.cell,
+        p.params,
+        p.x,
+        p.z0,
+        solver=Anderson(window, kind, mixing, regularization),
+        rtol=0.0,
+        atol=0.0,
+        max_steps=steps + 1,
+        history=lambda z: z,
+    )
+    for i in range(problems.B):
+
+        def f(z, i=i):
+            return np.asarray(p.cell(p.params, z[None], p.x[i : i + 1])[0])
+
+        path = reference_path(f, np.zeros(problems.N), steps, window, kind, mixing, regularization)
+        np.testing.assert_allclose(solution.history.record[:, i], path, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_solves_a_linear_map_in_as_many_steps_as_it_has_dimensions(kind):
+    p = problems.linear(norm=0.95)
+    solver = Anderson(window=problems.N, kind=kind, regularization=0.0)
+    solution = jdeq.deq(p.cell, p.params, p.x, p.z0, solver=solver, rtol=1e-9, atol=0.0)
+    assert np.all(solution.result == Result.converged)
+    # N differences, the step that uses them, and the evaluation that confirms it.
+    assert np.all(solution.steps <= problems.N + 2)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_more_regularization_comes_nearer_to_a_plain_step(kind):
+    """Regression: type I subtracted it from its negative diagonal, and one made it singular."""
+    p = problems.conditioned((0.5, 0.7, 0.9))
+
+    def third_iterate(solver):
+        solution = jdeq.deq(
+            p.cell, p.params, p.x, p.z0, solver=solver, rtol=0.0, max_steps=3, history=lambda z: z
+        )
+        return np.asarray(solution.history.record[2])
+
+    amounts = (0.0, 1.0, 2.0)
+    plain = third_iterate(Picard())
+    distances = [
+        np.linalg.norm(third_iterate(Anderson(1, kind, regularization=r)) - plain, axis=1)
+        for r in amounts
+    ]
+    # One difference: the step along it shrinks by 1 + regularization exactly.
+    for r, distance in zip(amounts, distances, strict=True):
+        np.testing.assert_allclose(distance, distances[0] / (1 + r), rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_windows_are_kept_leaf_by_leaf(kind):
+    """A state cut into leaves takes the steps of the state in one piece."""
+    p = problems.tanh()
+
+    def cut(z):
+        return {"a": z[:, :2], "b": [z[:, 2:].reshape(z.shape[0], 3, 1)]}
+
+    def glue(z):
+        return jnp.concatenate([z["a"], z["b"][0][:, :, 0]], axis=1)
+
+    def cell(params, z, x):
+        return cut(p.cell(params, glue(z), x))
+
+    options = {"solver": Anderson(window=3, kind=kind), "rtol": 1e-9}
+    whole = jdeq.deq(p.cell, p.params, p.x, p.z0, **options)
+    pieces = jdeq.deq(cell, p.params, p.x, cut(p.z0), **options)
+    np.testing.assert_allclose(glue(pieces.value), whole.value, rtol=1e-9, atol=1e-11)
+    np.testing.assert_array_equal(pieces.steps, whole.steps)
+
+
+def test_a_constant_map_leaves_no_direction_to_mix():
+    """Differences of zero make a singular system; the plain step is right."""
+    z0 = jnp.ones((2, 3))
+    solution = jdeq.deq(lambda p, z, x: x + 0 * z, None, 2 * z0, z0, solver=Anderson())
+    assert solution.steps.tolist() == [2, 2]
+    np.testing.assert_array_equal(solution.value, 2 * z0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("window", 0, "an integer of at least 1"),
+        ("window", 2.0, "an integer of at least 1"),
+        ("window", True, "an integer of at least 1"),
+        ("kind", "III", "one of 'I', 'II'"),
+        ("kind", 1, "one of 'I', 'II'"),
+        ("mixing", 0.0, r"a number in \(0, 1\]"),
+        ("mixing", 1.5, r"a number in \(0, 1\]"),
+        ("regularization", -1e-8, "a finite number of at least 0"),
+        ("regularization", float("inf"), "a finite number of at least 0"),
+        ("regularization", "none", "a finite number of at least 0"),
+    ],
+)
+def test_refuses_options_outside_their_range(option, value, expected):
+    with pytest.raises(ValueError, match=rf"Anderson: {option}=.* was given, but {expected}"):
+        Anderson(**{option: value})
