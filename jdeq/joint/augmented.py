@@ -126,6 +126,12 @@ def meets_tolerance(residual: KKTResidual, evaluation: Evaluation, controls: Con
     return state & adjoint & stationarity
 
 
+def guard(residual: KKTResidual, evaluation: Evaluation, controls: Controls) -> Array:
+    """The state residual, below its tolerance the tolerance itself: all such are equilibria, ``[B]``."""
+    tolerance = controls.atol + controls.rtol * _tree.norm(evaluation.state)
+    return jnp.maximum(residual.state, tolerance.astype(residual.state.dtype))
+
+
 def size(residual: KKTResidual, evaluation: Evaluation) -> Array:
     """What grows when the iteration runs away, ``[B]``."""
     state = _tree.norm(evaluation.state) + residual.state

@@ -33,6 +33,10 @@ _RETREAT = 0.25
 """Fraction that is left of a step on x that made things worse."""
 
 
+_TOLERATED_RISE = 0.01
+"""Relative rise of the objective that a step on x may cost while it lowers the gradient."""
+
+
 class Anchor(NamedTuple):
     """Where the current step on x set out from.
 
@@ -74,11 +78,11 @@ class Polished:
     Descent finds the basin, whatever the units of the objective, but a decaying step ends short of
     a tight tolerance. The polish goes on with state and adjoint as before and moves x only where
     the gradient has settled, that is, changes by less than a tenth of the projected gradient in an
-    iteration at constant x:
-    an L-BFGS step without a constraint, a projected gradient step of Barzilai and Borwein's length
-    with one. A step after which both objective and stationarity are worse is taken back to a
-    quarter. Each x so costs a few iterations, the gradient's relative error stays bounded, and
-    convergence is locally linear or faster. Windows hold x alone, never the state.
+    iteration at constant x: an L-BFGS step without a constraint, a projected gradient step of
+    Barzilai and Borwein's length with one, no longer than ``1 + ||x||``. A step that makes things
+    worse is taken back to a quarter. Each x so costs a few iterations, the gradient's relative
+    error stays bounded, and convergence is locally linear or faster. Windows hold x alone, never
+    the state.
 
     Attributes:
         descent: the first phase.
@@ -150,6 +154,7 @@ class Polished:
         context: Context,
     ) -> tuple[PyTree, PolishedMemory]:
         gradient, anchor = evaluation.gradient, memory.anchor
+        objective = evaluation.objective.astype(anchor.objective.dtype)
         change = relative_length(
             x,
             _tree.subtract(gradient, memory.last_gradient),
@@ -158,15 +163,13 @@ class Polished:
         )
         settled = memory.waited >= _LEAST_WAIT
         settled &= change <= _SETTLED * residual.stationarity
-        worse = (evaluation.objective > anchor.objective) & (
-            residual.stationarity > anchor.stationarity
-        )
+        worse = _is_worse(objective, residual.stationarity, anchor)
         direction, quasi_newton = self._direction(x, gradient, memory, context)
 
         ahead = context.project(_tree.add(x, direction))
         back = context.project(_tree.relax(anchor.x, x, _RETREAT))
         forward, retreat = settled & ~worse, settled & worse
-        here = Anchor(x, gradient, evaluation.objective, residual.stationarity)
+        here = Anchor(x, gradient, objective, residual.stationarity)
         memory = PolishedMemory(
             descent=memory.descent,
             quasi_newton=_tree.select(forward, quasi_newton, memory.quasi_newton),
@@ -182,12 +185,31 @@ class Polished:
         """The step on x, always one of descent, and the quasi-Newton state after it."""
         spectral = _spectral_step(x, gradient, memory.anchor)
         if context.constrained:
-            return spectral, memory.quasi_newton
-        upwards, quasi_newton = jax.vmap(self._lbfgs().update)(gradient, memory.quasi_newton, x)
+            return _shorten(spectral, x), memory.quasi_newton
+        update = jax.vmap(self._lbfgs().update)(gradient, memory.quasi_newton, x)
+        # Sums over leaves of several dtypes come back in the widest of them.
+        upwards, quasi_newton = _tree.cast_like(update, (x, memory.quasi_newton))
         newton = jax.tree.map(jnp.negative, upwards)
         usable = _tree.dot(newton, gradient) < 0
         usable &= jnp.isfinite(_tree.norm(newton))
-        return _tree.select(usable, newton, spectral), quasi_newton
+        return _shorten(_tree.select(usable, newton, spectral), x), quasi_newton
+
+
+def _is_worse(objective: Array, stationarity: Array, anchor: Anchor) -> Array:
+    """Whether a step on x is to be taken back: a little more objective only if more gradient too.
+
+    Near the solution the objective's differences drown in the state's residual; far from it, a
+    step onto a plateau lowers the gradient and is still a bad one.
+    """
+    allowed = anchor.objective + _TOLERATED_RISE * jnp.abs(anchor.objective)
+    rises = objective > anchor.objective
+    return (objective > allowed) | (rises & (stationarity > anchor.stationarity))
+
+
+def _shorten(step: PyTree, x: PyTree) -> PyTree:
+    """The step, no longer than ``1 + ||x||``."""
+    length, longest = _tree.norm(step), 1 + _tree.norm(x)
+    return _tree.scale(jnp.minimum(1, longest / jnp.maximum(length, longest)), step)
 
 
 def _spectral_step(x: PyTree, gradient: PyTree, anchor: Anchor) -> PyTree:

@@ -83,7 +83,7 @@ class JointRun:
                 residual=residual,
                 converged=augmented.meets_tolerance(residual, evaluation, controls),
                 merit=evaluation.objective,
-                guard=residual.state,
+                guard=augmented.guard(residual, evaluation, controls),
                 size=augmented.size(residual, evaluation),
             )
             return new_state, (method_memory, first_objective), report

@@ -52,8 +52,9 @@ def joint_solve(
 
     with ``A = (df/dz)^T mu + dl/dz`` and the stationarity of ``KKTResidual``. Otherwise the lowest
     objective among the iterates is returned whose state residual is within 1.3 of the lowest so
-    far; an iterate passed over for a lower state residual does not come back, and the first ten
-    set no standard, since x has hardly moved from where the state may be at equilibrium already.
+    far, or of its tolerance if that is larger. An iterate passed over for a lower state residual
+    does not come back, and the first ten set no standard, since x has hardly moved from where the
+    state may be at equilibrium already.
 
     Args:
         problem: cell, objective and projection.
@@ -94,7 +95,7 @@ def joint_solve(
     )
     controls = Controls(rtol, atol, step_budget)
     arguments = check_arguments(
-        "joint_solve", problem, params, target, x0, z0, data, mu0, controls, max_steps
+        "joint_solve", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
     )
     if backward_probe is not None:
         _options.check_probe("joint_solve", backward_probe, _tree.problem_count(arguments[3].z))
@@ -121,6 +122,7 @@ def check_arguments(
     mu0: PyTree,
     controls: Controls,
     max_steps: int,
+    history: bool | Callable[[AugmentedState], PyTree],
 ) -> tuple[PyTree, PyTree, tuple, AugmentedState]:
     """Refuses what can be refused before tracing.
 
@@ -132,9 +134,12 @@ def check_arguments(
             f"{owner}: problem={problem!r} was given, but a jdeq.InputProblem(cell, objective) is "
             f"expected."
         )
-    _options.check_nonnegative(owner, "rtol", controls.rtol)
-    _options.check_nonnegative(owner, "atol", controls.atol)
+    _options.check_tolerance(owner, "rtol", controls.rtol)
+    _options.check_tolerance(owner, "atol", controls.atol)
     _options.check_count(owner, "max_steps", max_steps)
+    _options.check_budget(owner, controls.budget)
+    _options.check_history(owner, history)
+    _options.check_arrays(owner, "params", params)
     count = _options.problem_count(owner, "z0", z0)
     _options.check_batch(owner, "z0", count, x0=x0, target=target, data=data)
     _options.check_inexact(owner, "z0", z0)
