@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from typing import Any
@@ -30,16 +31,51 @@ def check_count(owner: str, name: str, value: int, least: int = 1) -> None:
         )
 
 
-def check_nonnegative(owner: str, name: str, value: Any) -> None:
-    """Refuses a concrete ``value`` that is negative, NaN or infinite; traced ones pass."""
+def check_nonnegative(owner: str, name: str, value: float) -> None:
+    """Refuses a ``value`` that is not a finite number of at least 0."""
+    if not (is_real(value) and value >= 0):
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but a finite number of at least 0 is expected; "
+            f"it fixes the compiled program, so pass a Python float."
+        )
+
+
+def check_tolerance(owner: str, name: str, value: Any) -> None:
+    """Refuses a scalar that is not a finite number of at least 0; traced values are not seen."""
     if isinstance(value, jax.core.Tracer):
-        return
-    ok = np.ndim(value) == 0 and is_real(float(value)) and float(value) >= 0
+        ok = np.ndim(value) == 0
+    else:
+        number: Any = np.asarray(value).item() if np.ndim(value) == 0 else None
+        ok = is_real(number) and number >= 0
     if not ok:
         raise ValueError(
             f"{owner}: {name}={value!r} was given, but a finite number of at least 0 is expected; "
             f"pass 0 to switch that tolerance off."
         )
+
+
+def check_budget(owner: str, value: Any) -> None:
+    """Refuses a step budget that is not a whole scalar of at least 1; traced ones are not seen."""
+    if value is None:
+        return
+    whole = np.ndim(value) == 0 and jax.dtypes.issubdtype(_dtype(value), np.integer)
+    if not (whole and (isinstance(value, jax.core.Tracer) or int(value) >= 1)):
+        raise ValueError(
+            f"{owner}: step_budget={value!r} was given, but one integer of at least 1 is expected; "
+            f"pass None for no limit besides max_steps."
+        )
+
+
+def check_history(owner: str, value: Any) -> None:
+    """Refuses what neither switches the history on or off nor is a function to record."""
+    if isinstance(value, bool):
+        return
+    if not callable(value):
+        raise TypeError(
+            f"{owner}: history={value!r} was given, but True, False or a function of the iterate "
+            f"is expected; True keeps the residuals, a function's outputs are kept besides."
+        )
+    check_function(owner, "history", value)
 
 
 def check_positive(owner: str, name: str, value: Any) -> None:
@@ -61,14 +97,35 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) ->
 
 def check_instance(owner: str, name: str, value: Any, kind: type, examples: str) -> None:
     """Refuses a ``value`` that does not have the methods of protocol ``kind``."""
-    if isinstance(value, type) or not isinstance(value, kind):
+    if isinstance(value, type) or not isinstance(value, kind) or not _fits(value, kind):
         raise TypeError(
             f"{owner}: {name}={value!r} was given, but an instance such as {examples} is expected."
         )
 
 
-def check_hashable(owner: str, name: str, function: Any) -> None:
-    """Refuses a function that cannot key the compilation cache."""
+def _fits(value: Any, kind: type) -> bool:
+    """Whether methods of ``value`` take as many arguments as their namesakes in ``kind``.
+
+    Solvers and joint methods both have ``init`` and ``step``: names alone do not tell them apart.
+    """
+    for name, function in vars(kind).items():
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        count = len(inspect.signature(function).parameters) - 1
+        try:
+            inspect.signature(getattr(value, name)).bind(*[None] * count)
+        except TypeError:
+            return False
+    return True
+
+
+def check_function(owner: str, name: str, function: Any) -> None:
+    """Refuses what is no function, or cannot key the compilation cache."""
+    if not callable(function):
+        raise TypeError(
+            f"{owner}: {name}={function!r} was given, but a function is expected; see the "
+            f"documentation of {owner} for its arguments."
+        )
     try:
         hash(function)
     except TypeError:
@@ -77,6 +134,17 @@ def check_hashable(owner: str, name: str, function: Any) -> None:
             f"be compiled once and reused; pass its arrays as params instead, for example "
             f"{name}=lambda module, *args: module(*args) with params=module."
         ) from None
+
+
+def check_arrays(owner: str, name: str, tree: PyTree) -> None:
+    """Refuses a tree with a leaf that is neither an array nor a number."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not (isinstance(leaf, numbers.Number) or hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"{owner}: {name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, but "
+                f"arrays and numbers are expected; split a module first (flax.nnx.split, "
+                f"equinox.partition) and put it together again inside the cell."
+            )
 
 
 def check_batch(owner: str, reference: str, count: int, **trees: PyTree) -> None:
@@ -108,11 +176,11 @@ def problem_count(owner: str, name: str, tree: PyTree) -> int:
 
 
 def check_probe(owner: str, probe: Any, count: int) -> None:
-    """Refuses a backward probe that is not ``[B, 3]``."""
-    if np.shape(probe) != (count, 3):
+    """Refuses a backward probe that is not a floating-point array ``[B, 3]``."""
+    if np.shape(probe) != (count, 3) or not jax.dtypes.issubdtype(_dtype(probe), np.floating):
         raise ValueError(
-            f"{owner}: backward_probe has shape {np.shape(probe)}, but {(count, 3)} is expected "
-            f"for {count} problems; pass jnp.zeros(({count}, 3))."
+            f"{owner}: backward_probe is {describe(probe)}, but a floating-point array of shape "
+            f"{(count, 3)} is expected for {count} problems; pass jnp.zeros(({count}, 3))."
         )
 
 
@@ -137,7 +205,7 @@ def check_same(owner: str, what: str, given: PyTree, expected: PyTree, advice: s
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True)
     for (path, got), want in pairs:
-        got_text, want_text = _describe(got), _describe(want)
+        got_text, want_text = describe(got), describe(want)
         if got_text != want_text:
             raise ValueError(
                 f"{owner}: {what}{jax.tree_util.keystr(path)} is {got_text}, but {want_text} is "
@@ -145,7 +213,15 @@ def check_same(owner: str, what: str, given: PyTree, expected: PyTree, advice: s
             )
 
 
-def _describe(leaf: Any) -> str:
+def _dtype(leaf: Any) -> Any:
+    """The dtype of an array or a number; None of anything else."""
+    if isinstance(leaf, numbers.Number) or hasattr(leaf, "dtype"):
+        return jax.dtypes.result_type(leaf)
+    return None
+
+
+def describe(leaf: Any) -> str:
+    """Dtype and shape of an array, as in ``float32[4, 3]``."""
     return f"{jax.dtypes.result_type(leaf)}{list(np.shape(leaf))}"
 
 

@@ -67,6 +67,7 @@ def fixed_point(
     """
     return _entry(
         "fixed_point",
+        "f",
         f,
         _call_map,
         (params, (), z0),
@@ -128,6 +129,7 @@ def deq(
     inputs = (x,) if data is None else (x, data)
     return _entry(
         "deq",
+        "cell",
         cell,
         _call_cell,
         (params, inputs, z0),
@@ -151,6 +153,7 @@ def _call_cell(cell: Callable, params: PyTree, inputs: tuple, z: PyTree) -> PyTr
 
 def _entry(
     owner: str,
+    name: str,
     function: Callable,
     call: Callable,
     arguments: tuple[PyTree, PyTree, PyTree],
@@ -165,12 +168,15 @@ def _entry(
     """Checks what can be checked without tracing, and enters the compiled solve."""
     solver = Anderson() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
-    _options.check_hashable(owner, "the function", function)
+    _options.check_function(owner, name, function)
     _options.check_instance(owner, "solver", solver, Solver, "jdeq.solvers.Anderson()")
     _options.check_instance(owner, "adjoint", adjoint, Adjoint, "jdeq.adjoints.Implicit()")
-    _options.check_nonnegative(owner, "rtol", controls.rtol)
-    _options.check_nonnegative(owner, "atol", controls.atol)
+    _options.check_tolerance(owner, "rtol", controls.rtol)
+    _options.check_tolerance(owner, "atol", controls.atol)
     _options.check_count(owner, "max_steps", max_steps)
+    _options.check_budget(owner, controls.budget)
+    _options.check_history(owner, history)
+    _options.check_arrays(owner, "params", arguments[0])
     count = _options.problem_count(owner, "z0", arguments[2])
     _options.check_inexact(owner, "z0", arguments[2])
     if probe is not None:
@@ -180,6 +186,7 @@ def _entry(
         controls,
         probe,
         owner=owner,
+        name=name,
         function=function,
         call=call,
         solver=solver,
@@ -193,6 +200,7 @@ def _entry(
     jax.jit,
     static_argnames=(
         "owner",
+        "name",
         "function",
         "call",
         "solver",
@@ -207,6 +215,7 @@ def _solve(
     probe: Array | None,
     *,
     owner: str,
+    name: str,
     function: Callable,
     call: Callable,
     solver: Solver,
@@ -217,7 +226,7 @@ def _solve(
     """One compiled program a function, set of options and shapes, also for eager calls."""
     params, inputs, z0 = arguments
     pure, captured = _closures.hoist(
-        owner, "the cell", functools.partial(call, function), params, inputs, z0
+        owner, name, functools.partial(call, function), params, inputs, z0
     )
 
     def f(theta: PyTree, inputs: PyTree, z: PyTree) -> PyTree:
@@ -228,10 +237,10 @@ def _solve(
     z0 = jax.lax.stop_gradient(z0)
     _options.check_same(
         owner,
-        "the output of the cell",
+        f"the output of {name}",
         jax.eval_shape(f, theta, inputs, z0),
         z0,
-        "a cell must return a state like the one it is given: same structure, shapes and dtypes.",
+        f"{name} must return a state like the one it is given: same structure, shapes and dtypes.",
     )
     equilibrium = Equilibrium(f, solver, max_steps, history)
     return _constant_but_value(adjoint.solve(equilibrium, theta, inputs, z0, controls, probe))

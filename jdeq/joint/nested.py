@@ -118,7 +118,7 @@ def nested_solve(
     )
     controls = Controls(rtol, atol, step_budget)
     arguments = check_arguments(
-        "nested_solve", problem, params, target, x0, z0, data, None, controls, max_steps
+        "nested_solve", problem, params, target, x0, z0, data, None, controls, max_steps, history
     )
     return _nested_solve(
         arguments,

@@ -42,12 +42,7 @@ class InputProblem:
             function = getattr(self, name)
             if name == "project" and function is None:
                 continue
-            if not callable(function):
-                raise TypeError(
-                    f"InputProblem: {name}={function!r} was given, but a function is expected; see "
-                    f"InputProblem's documentation for its arguments."
-                )
-            _options.check_hashable("InputProblem", name, function)
+            _options.check_function("InputProblem", name, function)
 
 
 class Theta(NamedTuple):
@@ -153,10 +148,12 @@ def _check_outputs(
         "a cell must return a state like the one it is given: same structure, shapes and dtypes.",
     )
     losses = jax.eval_shape(pure.objective, theta, z0, x0, target, rest)
-    if jnp.shape(losses) != (count,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+    alone = isinstance(losses, jax.ShapeDtypeStruct)
+    if not alone or losses.shape != (count,) or not jnp.issubdtype(losses.dtype, jnp.floating):
         raise ValueError(
-            f"{owner}: objective returns {losses}, but floating-point losses of shape {(count,)} "
-            f"are expected, one a problem; sum over the axes of a problem, not over the batch."
+            f"{owner}: objective returns {jax.tree.map(_options.describe, losses)}, but "
+            f"floating-point losses of shape {(count,)} are expected, one a problem; sum over the "
+            f"axes of a problem, not over the batch."
         )
     if pure.project is not None:
         _options.check_same(

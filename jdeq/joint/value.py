@@ -17,7 +17,7 @@ from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, purify
-from jdeq.joint.run import Given, JointRun
+from jdeq.joint.run import Given, JointRun, projection
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Solution
 
@@ -46,8 +46,10 @@ def input_value(
 
         dV/dparams = dl/dparams + mu^T df/dparams
 
-    and likewise for ``target`` and ``data``. This is exact at a KKT point and off by the order of
-    the residuals elsewhere: look at ``Solution.residual``. The values themselves are ``l`` at the
+    and likewise for ``target`` and ``data``, where a constraint set that depends on ``data`` (a
+    radius) adds ``g^T dP(x - g)/ddata``, ``g`` being the gradient of the objective in x. This is
+    exact at a KKT point and off by the order of the residuals elsewhere: look at
+    ``Solution.residual``. The values themselves are ``l`` at the
     returned iterate. A second derivative would need how ``(z*, x*, mu)`` move with the parameters,
     which this rule leaves out, and is refused.
 
@@ -79,7 +81,7 @@ def input_value(
     _options.check_instance("input_value", "method", method, JointMethod, "jdeq.joint.Descent()")
     controls = Controls(rtol, atol, step_budget)
     arguments = check_arguments(
-        "input_value", problem, params, target, x0, z0, data, mu0, controls, max_steps
+        "input_value", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
     )
     return _input_value(
         arguments, controls, problem=problem, method=method, max_steps=max_steps, history=history
@@ -129,8 +131,13 @@ def _with_envelope(
         bad = base.failed(result)
         state, target, rest = base.donate(bad, (state, given.target, given.rest))
         given = Given(given.theta, target, rest)
-        _, pull_back = jax.vjp(lambda given: _lagrangian(pure, given, state), given)
-        (given_bar,) = pull_back(base.mask_problems(bad, cotangent[0]))
+        weight = base.mask_problems(bad, cotangent[0])
+        _, pull_back = jax.vjp(
+            lambda given, x: _lagrangian(pure, given, state._replace(x=x)), given, state.x
+        )
+        given_bar, x_bar = pull_back(weight)
+        moved_bar = _through_constraint(pure, given, state.x, x_bar, weight)
+        given_bar = jax.tree.map(_add_cotangents, given_bar, moved_bar)
         theta_bar = base.mask_shared(jnp.all(bad), given_bar.theta)
         rest_bar = base.mask_problems(bad, (given_bar.target, given_bar.rest))
         return Given(theta_bar, *rest_bar), None, None
@@ -145,6 +152,38 @@ def _lagrangian(pure: PureProblem, given: Given, state: AugmentedState) -> Array
     objective = pure.objective(given.theta, z, x, given.target, given.rest)
     coupling = _tree.dot(mu, pure.cell(given.theta, (x, *given.rest), z))
     return objective + coupling.astype(objective.dtype)
+
+
+def _through_constraint(
+    pure: PureProblem, given: Given, x: PyTree, x_bar: PyTree, weight: Array
+) -> Given:
+    """Cotangent of ``given`` from the constraint set's dependence on it.
+
+    A KKT point has ``x = P(x - s g)`` for every ``s > 0``. To ``g``, which is normal to the set,
+    only the explicit part of the derivative of ``P`` matters: ``dV = g^T dP``.
+
+    Args:
+        pure: the problem.
+        given: its arguments.
+        x: the optimal input.
+        x_bar: ``weight g``.
+        weight: cotangent of the values, ``[B]``.
+
+    Returns:
+        The cotangent.
+    """
+    slope = _tree.norm(x_bar)
+    # Steps longer than x, and away from zero if g is zero, do not end where norms have no slope.
+    length = (1 + _tree.norm(x)) / jnp.where(slope > 0, slope, 1)
+    step = _tree.scale(-jnp.sign(weight).astype(length.dtype) * length, x_bar)
+    away = jax.tree.map(lambda leaf: jnp.where(leaf < 0, -1, 1).astype(leaf.dtype), x)
+    outside = _tree.add(x, _tree.select(slope > 0, step, away))
+    _, pull_back = jax.vjp(lambda given: projection(pure, given)(outside), given)
+    return pull_back(x_bar)[0]
+
+
+def _add_cotangents(a: Any, b: Any) -> Any:
+    return a if a.dtype == jax.dtypes.float0 else a + b
 
 
 @jax.custom_jvp
