@@ -74,3 +74,8 @@ def relax(old: PyTree, new: PyTree, amount: float) -> PyTree:
 def zeros_like(tree: PyTree) -> PyTree:
     """Zeros of the same structure, shapes and dtypes."""
     return jax.tree.map(jnp.zeros_like, tree)
+
+
+def cast_like(tree: PyTree, other: PyTree) -> PyTree:
+    """``tree`` with the dtypes of ``other``, leaf by leaf."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, other)

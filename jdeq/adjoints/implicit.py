@@ -36,7 +36,7 @@ class Implicit:
         rtol: its relative tolerance; None is the forward one.
         atol: its absolute tolerance, as a fraction of the cotangent's norm, so that a small loss is
             differentiated as precisely as a large one; None is the forward one.
-        max_steps: its step limit; None is the forward one.
+        max_steps: its step limit; None is the forward one, the step budget included.
 
     Raises:
         TypeError: if ``solver`` is not a solver.
@@ -142,7 +142,9 @@ class Implicit:
         )
         atol = controls.atol if self.atol is None else self.atol
         controls = Controls(
-            controls.rtol if self.rtol is None else self.rtol, atol * _tree.norm(cotangent)
+            rtol=controls.rtol if self.rtol is None else self.rtol,
+            atol=atol * _tree.norm(cotangent),
+            budget=controls.budget if self.max_steps is None else None,
         )
         start = cotangent if start is None else start
         return self.solve(backward, captured, cotangent, start, controls, None)

@@ -36,7 +36,7 @@ class StateImplicit:
         rtol: its relative tolerance; None is the joint solve's.
         atol: its absolute tolerance, as a fraction of the cotangent's norm; None is the joint
             solve's.
-        max_steps: its step limit; None is the joint solve's.
+        max_steps: its step limit; None is the joint solve's, the step budget included.
 
     Raises:
         TypeError: if ``solver`` is not a solver.
@@ -76,7 +76,7 @@ class StateImplicit:
             The solution.
         """
         equilibrium = Equilibrium(cell, self.solver or Anderson(), self.max_steps or max_steps)
-        implicit = Implicit(rtol=self.rtol, atol=self.atol)
+        implicit = Implicit(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
         @jax.custom_vjp
         def solve(given, start, controls, probe):
