@@ -18,6 +18,7 @@ from experiments.common.runs import (
     RunRecord,
     continue_run,
     holds_run,
+    is_trained,
     newest_run,
     open_run,
     start_run,
@@ -162,7 +163,8 @@ def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
     settings = record.settings_as(type(task.presets[task.default]))
     say(f"{task.name}, preset {record.preset}, seed {record.seed}, run directory {run.path}")
     if arguments.command != "evaluate":
-        run.discard_summary()
+        if not is_trained(run):
+            run.discard_summary()
         task.train(settings, run, arguments.data_root)
     if arguments.command != "train":
         summary = task.evaluate(settings, run, arguments.data_root)

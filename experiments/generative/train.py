@@ -52,7 +52,7 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
             state.params, generator, config, batch["image"], probes
         )
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(optax.apply_updates(state.params, updates), memory, key), metrics
 
     fit(

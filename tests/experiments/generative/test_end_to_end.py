@@ -15,7 +15,7 @@ import pytest
 
 from experiments.common.checkpoints import restore_newest
 from experiments.common.cli import main
-from experiments.common.runs import open_run, read_metrics
+from experiments.common.runs import open_run, read_metrics, start_run
 from experiments.generative.__main__ import TASK
 from experiments.generative.config import Config
 from experiments.generative.problem import build_generator
@@ -83,7 +83,9 @@ def test_mistakes_are_one_sentence(smoke, tmp_path, capsys):
     assert "mnist/train-images-idx3-ubyte.gz was not found" in message
     assert "preset smoke, not mnist" in fail(capsys, "--preset", "mnist", "--run-dir", smoke)
     assert "trained run" in fail(capsys, "--preset", "smoke", "--run-dir", smoke)
-    assert "no checkpoint yet" in fail(capsys, "evaluate", "--run-dir", tmp_path / "a")
+    record = open_run(smoke, "generative").record
+    start_run(tmp_path / "b", record)
+    assert "no checkpoint yet" in fail(capsys, "evaluate", "--run-dir", tmp_path / "b")
 
 
 def states(path):

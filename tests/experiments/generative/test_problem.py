@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jdeq
@@ -62,20 +63,18 @@ def test_a_last_batch_that_is_smaller_changes_nothing(built, images):
     np.testing.assert_allclose(parts.squared_error, error, rtol=1e-5)
 
 
-def test_the_training_gradient_is_that_of_the_optimal_value(built, images):
-    generator, params = built
-    config = replace(CONFIG, inner_steps=800, inner_step_size=0.1)
+def test_the_training_gradient_is_that_of_the_optimal_value(images):
+    # The strong penalty leaves one minimum, which the solve reaches within float32's accuracy.
+    config = replace(CONFIG, inner_steps=800, inner_step_size=0.03, latent_penalty=1.0)
+    generator, params = build_generator(config, SHAPE, seed=0)
 
     def loss(params):
         return training_loss(params, generator, config, images, jax.random.key(0))[0]
 
-    direction = jax.tree.map(
-        lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape) / leaf.size**0.5, params
-    )
     gradient = jax.grad(loss)(params)
-    products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
-    along = float(sum(jax.tree.leaves(products)))
-    step = 3e-3
+    along = float(optax.tree.norm(gradient))
+    direction = jax.tree.map(lambda leaf: leaf / along, gradient)
+    step = 1e-2
     ahead, behind = (
         float(loss(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction)))
         for s in (step, -step)
