@@ -1,0 +1,1 @@
+"""Adversarial training of classifiers by joint inference and input optimisation."""
