@@ -2,14 +2,16 @@
 
 from jdeq.nn.conv import Conv, conv2d, fold_weight_norm
 from jdeq.nn.dropout import apply_mask, variational_masks
-from jdeq.nn.multiscale import MultiscaleCell, nearest_upsample
+from jdeq.nn.multiscale import MultiscaleCell
 from jdeq.nn.norm import GroupNorm, group_norm
+from jdeq.nn.resize import bilinear_upsample, nearest_upsample
 
 __all__ = [
     "Conv",
     "GroupNorm",
     "MultiscaleCell",
     "apply_mask",
+    "bilinear_upsample",
     "conv2d",
     "fold_weight_norm",
     "group_norm",

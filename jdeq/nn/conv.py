@@ -242,8 +242,11 @@ class Conv(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Maps images `[B, H, W, C]` to `[B, H', W', O]` in the images' dtype."""
         kernel = self.effective_kernel().astype(x.dtype)
-        y = conv2d(x, kernel, stride=self.stride, precision=self.precision)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return self.add_bias(conv2d(x, kernel, stride=self.stride, precision=self.precision))
+
+    def add_bias(self, y: Array) -> Array:
+        """Adds the bias, if there is one, to `[B, H', W', O]`."""
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def _channel_norms(kernel: Array) -> Array:

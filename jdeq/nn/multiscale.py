@@ -18,6 +18,7 @@ from jax import Array
 from jdeq.nn.conv import Conv, Precision
 from jdeq.nn.dropout import apply_mask
 from jdeq.nn.norm import GroupNorm, check_groups
+from jdeq.nn.resize import nearest_upsample
 
 State = tuple[Array, ...]
 
@@ -137,15 +138,6 @@ class Upsample(nnx.Module):
     def __call__(self, x: Array, size: tuple[int, int]) -> Array:
         """Maps `[B, h, w, C]` to `[B, *size, C']`, `size` at most `2^steps` times `(h, w)`."""
         return nearest_upsample(self.norm(self.conv(x)), self.factor)[:, : size[0], : size[1]]
-
-
-def nearest_upsample(x: Array, factor: int) -> Array:
-    """Repeats every pixel of `[B, h, w, C]` `factor` times in both directions."""
-    batch, height, width, channels = x.shape
-    blocks = jnp.broadcast_to(
-        x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels)
-    )
-    return blocks.reshape(batch, factor * height, factor * width, channels)
 
 
 class MultiscaleCell(nnx.Module):
