@@ -89,7 +89,8 @@ def root() -> Equilibrium:
 def tanh(seed: int = 0, norm: float = 0.9, batch: int = B) -> Equilibrium:
     """A dense cell whose input is made to fit the answer."""
     rng = np.random.default_rng(seed)
-    W, U, b = matrix(rng, N, N, norm), matrix(rng, N, N, 1.0), 0.1 * rng.normal(size=N)
+    W, b = matrix(rng, N, N, norm), 0.1 * rng.normal(size=N)
+    U = np.linalg.qr(rng.normal(size=(N, N)))[0]
     answer = np.tanh(rng.normal(size=(batch, N)))
     x = np.linalg.solve(U, (np.arctanh(answer) - answer @ W.T - b).T).T
     params = {"W": jnp.array(W), "U": jnp.array(U), "b": jnp.array(b)}

@@ -53,17 +53,17 @@ def losses():
     """Scalar losses of the differentiable entry points, of (params, x), on two small problems."""
     jax.config.update("jax_enable_x64", True)
     e, o = problems.tanh(norm=0.6), problems.optimum()
+    quick = {"method": Descent(optax.sgd(0.4)), "rtol": 1e-11, "max_steps": 2000}
 
     def of_deq(params, x):
         return outer_loss(jdeq.deq(e.cell, params, x, e.z0, **TIGHT).value)
 
     def of_joint(params, target):
-        return outer_loss(
-            jdeq.joint_solve(o.problem, params, target, o.x0, o.z0, rtol=1e-9).value.z
-        )
+        s = jdeq.joint_solve(o.problem, params, target, o.x0, o.z0, **quick)
+        return outer_loss(s.value.z)
 
     def of_value(params, target):
-        return jnp.sum(jdeq.input_value(o.problem, params, target, o.x0, o.z0, rtol=1e-9)[0])
+        return jnp.sum(jdeq.input_value(o.problem, params, target, o.x0, o.z0, **quick)[0])
 
     return {
         "deq": (of_deq, e.params, e.x),
@@ -85,14 +85,14 @@ def test_gradients_under_jit_vmap_and_scan_agree(losses, entry):
     loss, params, x = losses[entry]
     argument = 0 if entry == "joint_solve" else 1  # x is held in the joint solve
     several = jnp.stack([x, 0.5 * x])
-    one_by_one = [jax.value_and_grad(loss, argument)(params, row) for row in several]
+    one_by_one = [jax.value_and_grad(loss, argument)(params, row) for row in several]  # eager
     values = jnp.stack([v for v, _ in one_by_one])
     gradients = jax.tree.map(lambda *g: jnp.stack(g), *[g for _, g in one_by_one])
 
     inside = jax.jit(jax.value_and_grad(loss, argument))(params, several[1])
     assert_trees_close(inside, one_by_one[1])
 
-    mapped = jax.vmap(jax.value_and_grad(loss, argument), (None, 0))(params, several)
+    mapped = jax.jit(jax.vmap(jax.value_and_grad(loss, argument), (None, 0)))(params, several)
     assert_trees_close(mapped, (values, gradients))
 
     def scanned(params, several):
@@ -112,10 +112,11 @@ def test_vmap_over_params_solves_each_on_its_own():
     factors = jnp.array([0.5, 1.0, 1.5])
     params = jax.tree.map(lambda v: factors.reshape(-1, *[1] * v.ndim) * v, e.params)
 
+    @jax.jit
     def run(params):
         return jdeq.deq(e.cell, params, e.x, e.z0, history=True)
 
-    mapped = jax.vmap(run)(params)
+    mapped = jax.jit(jax.vmap(run))(params)
     for i in range(3):
         alone = run(jax.tree.map(lambda v, i=i: v[i], params))
         row = jax.tree.map(lambda v, i=i: v[i], mapped)
@@ -129,10 +130,11 @@ def test_vmap_over_joint_solves_keeps_their_outcomes():
     o = problems.optimum("ball")
     targets = jnp.stack([o.target, 3 * o.target])
 
+    @jax.jit
     def run(target):
         return jdeq.joint_solve(o.problem, o.params, target, o.x0, o.z0, data=o.data)
 
-    mapped = jax.vmap(run)(targets)
+    mapped = jax.jit(jax.vmap(run))(targets)
     for i in range(2):
         alone = run(targets[i])
         np.testing.assert_array_equal(mapped.steps[i], alone.steps)
