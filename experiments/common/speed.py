@@ -174,10 +174,11 @@ class Comparison:
         """For each of the three: seconds [K] and `(f_k - f_best) / (f_0 - f_best)`, [K, B]."""
         methods = (self.joint, self.nested, self.published)
         best = np.min([method.objectives.min(axis=0) for method in methods], axis=0)
-        first = self.joint.objectives[0]
+        # Where no method improved on the start there is no gap to close.
+        whole = np.where(self.joint.objectives[0] > best, self.joint.objectives[0] - best, np.inf)
         kinds = ("joint", "nested", "published")
         return {
-            kind: (method.seconds, (method.objectives - best) / (first - best))
+            kind: (method.seconds, (method.objectives - best) / whole)
             for kind, method in zip(kinds, methods, strict=True)
         }
 
