@@ -18,11 +18,14 @@ class Config:
         image_size: (height, width) to resize to; None keeps the data set's.
         generator: `dense`, one fully connected state; `multiscale`, convolutional branches.
         hidden: Width of the dense generator's state.
+        decoder_hidden: Width of its decoder's hidden layer.
         channels: Channels of the multiscale generator's branches, finest first.
         latent_dim: Dimension of the latent code x.
         steps: Training steps.
         batch_size: Images a step.
-        learning_rate: First rate of Adam on the parameters; it falls to zero along a cosine.
+        learning_rate: First rate of AdamW on the parameters; it falls to zero along a cosine.
+        weight_decay: Of AdamW.
+        gradient_clip: Largest norm of the gradient; longer ones are scaled down.
         jacobian_weight: Weight of the penalty `||df/dz||_F^2 / dim z` at the equilibrium.
         jacobian_probes: Random vectors that estimate it.
         latent_penalty: Weight of `||x||^2` in the objective.
@@ -47,11 +50,14 @@ class Config:
     generator: Literal["dense", "multiscale"]
     latent_dim: int
     steps: int
-    hidden: int = 256
+    hidden: int = 512
+    decoder_hidden: int = 128
     channels: tuple[int, ...] = ()
     batch_size: int = 64
     learning_rate: float = 1e-3
-    jacobian_weight: float = 0.1
+    weight_decay: float = 0.1
+    gradient_clip: float = 10.0
+    jacobian_weight: float = 50.0
     jacobian_probes: int = 1
     latent_penalty: float = 1e-3
     inner_steps: int = 60
@@ -61,15 +67,23 @@ class Config:
     mixture_components: int = 20
     mixture_images: int = 4096
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (80, 120, 180)
+    speed_joint_steps: tuple[int, ...] = (40, 60, 80)
     speed_joint_rates: tuple[float, ...] = (0.2, 0.3, 0.5)
-    speed_nested_steps: tuple[int, ...] = (40, 80)
+    speed_nested_steps: tuple[int, ...] = (20, 40, 80)
     speed_nested_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
     log_every: int = 20
     checkpoint_every: int = 200
 
 
-_DIGITS = Config(dataset="digits", image_size=None, generator="dense", latent_dim=16, steps=1500)
+_DIGITS = Config(
+    dataset="digits",
+    image_size=None,
+    generator="dense",
+    latent_dim=16,
+    steps=2500,
+    weight_decay=1.0,
+    jacobian_weight=40.0,
+)
 
 PRESETS = {
     # python -m experiments.generative --preset smoke
@@ -99,6 +113,10 @@ PRESETS = {
         generator="dense",
         latent_dim=32,
         steps=6000,
+        decoder_hidden=256,
+        jacobian_weight=750.0,
+        latent_penalty=1e-2,
+        inner_steps=40,
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset faces

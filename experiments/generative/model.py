@@ -41,6 +41,7 @@ class DenseGenerator(nnx.Module):
         *,
         latent_dim: int,
         hidden: int,
+        decoder_hidden: int,
         rngs: nnx.Rngs,
         mean_image: Array | None = None,
     ):
@@ -49,7 +50,8 @@ class DenseGenerator(nnx.Module):
         Args:
             image_shape: (height, width, channels).
             latent_dim: dimension of the latent code, at least 1.
-            hidden: width of the state and of the decoder's hidden layer, at least 1.
+            hidden: width of the state, at least 1.
+            decoder_hidden: width of the decoder's hidden layer, at least 1.
             rngs: source of the parameters' keys.
             mean_image: what to decode at first, ``image_shape`` in [0, 1]; None is mid-grey.
                 Backgrounds are far from grey, and Adam takes thousands of steps to move a bias
@@ -62,8 +64,10 @@ class DenseGenerator(nnx.Module):
         self.injection = nnx.Linear(
             latent_dim, hidden, use_bias=False, kernel_init=_USUAL, rngs=rngs
         )
-        self.features = nnx.Linear(hidden, hidden, kernel_init=_USUAL, rngs=rngs)
-        self.pixels = nnx.Linear(hidden, math.prod(image_shape), kernel_init=_USUAL, rngs=rngs)
+        self.features = nnx.Linear(hidden, decoder_hidden, kernel_init=_USUAL, rngs=rngs)
+        self.pixels = nnx.Linear(
+            decoder_hidden, math.prod(image_shape), kernel_init=_USUAL, rngs=rngs
+        )
         if mean_image is not None:
             inside = jnp.clip(mean_image.reshape(-1), _DARKEST, 1 - _DARKEST)
             self.pixels.bias[...] = jax.scipy.special.logit(inside)

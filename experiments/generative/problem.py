@@ -49,13 +49,28 @@ class Generator:
 
 
 def build_generator(
-    config: Config, image_shape: tuple[int, int, int], seed: int
+    config: Config,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    mean_image: Array | None = None,
 ) -> tuple[Generator, PyTree]:
-    """The generator of the settings and its initial parameters."""
+    """The generator of the settings and its initial parameters.
+
+    Args:
+        config: Settings.
+        image_shape: (height, width, channels).
+        seed: Of the initial parameters.
+        mean_image: What a dense generator decodes at first, in [0, 1]; None is mid-grey.
+    """
     rngs = nnx.Rngs(seed)
     if config.generator == "dense":
         model = DenseGenerator(
-            image_shape, latent_dim=config.latent_dim, hidden=config.hidden, rngs=rngs
+            image_shape,
+            latent_dim=config.latent_dim,
+            hidden=config.hidden,
+            decoder_hidden=config.decoder_hidden,
+            rngs=rngs,
+            mean_image=mean_image,
         )
     else:
         model = MultiscaleGenerator(

@@ -24,13 +24,15 @@ from experiments.generative.problem import (
 
 PyTree = Any
 
+_MEAN_IMAGES = 1000  # whose mean a generator starts from
+
 
 class TrainState(NamedTuple):
     """What a training step changes.
 
     Attributes:
         params: Parameters of the generator.
-        optimizer: State of Adam on them.
+        optimizer: State of AdamW on them.
         key: PRNG key of the Jacobian penalty's probes.
     """
 
@@ -43,7 +45,8 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     data = load_images(config.dataset, data_root, config.image_size)
     seed = run.record.seed
-    generator, params = build_generator(config, data.shape, seed)
+    sample = data.train.first(_MEAN_IMAGES)
+    generator, params = build_generator(config, data.shape, seed, jnp.mean(sample, axis=0))
     optimizer = outer_optimizer(config)
 
     def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
@@ -65,8 +68,12 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
 
 
 def outer_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam on the parameters, its rate falling to zero along a cosine."""
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+    """AdamW on the parameters with clipped gradients, its rate falling to zero along a cosine."""
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.adamw(rate, weight_decay=config.weight_decay),
+    )
 
 
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
