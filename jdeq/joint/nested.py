@@ -69,7 +69,7 @@ def nested_solve(
     forward: InnerSolve | None = None,
     backward: InnerSolve | None = None,
     adjoint: StateImplicit | None = None,
-    rtol: float = 1e-4,
+    rtol: float = 1e-3,
     atol: float = 1e-8,
     max_steps: int = 50,
     step_budget: int | Array | None = None,

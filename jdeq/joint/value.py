@@ -34,9 +34,9 @@ def input_value(
     data: PyTree = None,
     mu0: PyTree = None,
     method: JointMethod | None = None,
-    rtol: float = 1e-4,
+    rtol: float = 1e-3,
     atol: float = 1e-8,
-    max_steps: int = 200,
+    max_steps: int = 300,
     step_budget: int | Array | None = None,
     history: bool | Callable[[AugmentedState], PyTree] = False,
 ) -> tuple[Array, Solution]:
