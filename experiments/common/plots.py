@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,11 @@ class Curve:
 
     @classmethod
     def quartiles(cls, x: np.ndarray, values: np.ndarray) -> Curve:
-        """The median and quartiles of `values` [K, N] over its last axis, NaN left out."""
-        low, middle, high = np.nanpercentile(values, (25, 50, 75), axis=-1)
+        """The median and quartiles of `values` [K, N] over its last axis, of what is finite."""
+        known = np.where(np.isfinite(values), values, np.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is known: a gap
+            low, middle, high = np.nanpercentile(known, (25, 50, 75), axis=-1)
         return cls(x, middle, low, high)
 
 
@@ -127,7 +131,9 @@ def curves(
                 ylabel=ylabels[number],
                 xscale="log" if log_x else "linear",
             )
-            axis.set_yscale("log", nonpositive="mask")
+            # A logarithmic axis without a positive number cannot be drawn.
+            if any(np.any(curve.middle > 0) for curve in panels[number].values()):
+                axis.set_yscale("log", nonpositive="mask")
             axis.legend()
         _save(figure, path)
 

@@ -25,7 +25,7 @@ from jax import Array
 
 import jdeq
 from experiments.common.scaling import scale_problem, scale_start
-from experiments.common.terminal import say
+from experiments.common.terminal import say, warn
 
 PyTree = Any
 
@@ -174,11 +174,12 @@ class Comparison:
         """For each of the three: seconds [K] and `(f_k - f_best) / (f_0 - f_best)`, [K, B]."""
         methods = (self.joint, self.nested, self.published)
         best = np.min([method.objectives.min(axis=0) for method in methods], axis=0)
+        first = self.joint.objectives[0]
         # Where no method improved on the start there is no gap to close.
-        whole = np.where(self.joint.objectives[0] > best, self.joint.objectives[0] - best, np.inf)
+        whole = np.where(first > best, first, np.inf) - np.where(np.isfinite(best), best, np.nan)
         kinds = ("joint", "nested", "published")
         return {
-            kind: (method.seconds, (method.objectives - best) / whole)
+            kind: (method.seconds, np.maximum(method.objectives - best, 0) / whole)
             for kind, method in zip(kinds, methods, strict=True)
         }
 
@@ -261,8 +262,7 @@ def _measure(
         rows.append(kept)
     seconds = _time(scaled, problems, runs, rows, repeats)
 
-    best = np.min([trajectory.min(axis=0) for trajectory in trajectories], axis=0)
-    target = best + _TARGET * (trajectories[0][0] - best)
+    target = _targets(trajectories)
     measured = []
     for (candidate, rate), trajectory, spent in zip(runs, trajectories, seconds, strict=True):
         arrived = trajectory <= target
@@ -270,6 +270,19 @@ def _measure(
         label = candidate.name if len(candidate.rates) == 1 else f"{candidate.name}, rate {rate:g}"
         measured.append(Measured(label, spent, trajectory, reached))
     return measured
+
+
+def _targets(trajectories: Sequence[np.ndarray]) -> np.ndarray:
+    """What each problem has to reach, [B]; NaN, which nobody reaches, where f_0 is infinite."""
+    first = trajectories[0][0]
+    known = np.isfinite(first)
+    if not known.all():
+        warn(
+            f"{np.mean(~known):.0%} of the problems have no equilibrium at the start, to a "
+            f"relative {_RESOLVE_FAILED:g}: nobody can reach their target."
+        )
+    best = np.min([trajectory.min(axis=0) for trajectory in trajectories], axis=0)
+    return best + _TARGET * (np.where(known, first, np.nan) - best)
 
 
 def _rows(kept: np.ndarray, rate: float, u: Array) -> Array:
@@ -330,6 +343,7 @@ def objectives(problem: jdeq.InputProblem, problems: Problems, inputs: PyTree) -
         z = solution.value
         objective = problem.objective(problems.params, z, x, problems.target, *rest)
         solved = solution.residual <= _RESOLVE_FAILED * _norm(z)
+        solved &= solution.result < jdeq.Result.diverged
         return z, jnp.where(solved, objective, jnp.inf)
 
     return jax.lax.scan(evaluate, problems.z0, inputs)[1]

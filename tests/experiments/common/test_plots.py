@@ -28,6 +28,13 @@ def test_grids_of_grey_and_colour_images(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_curves_without_a_positive_number_are_drawn_all_the_same(tmp_path):
+    unknown = Curve.quartiles(np.array([1.0, 2.0]), np.array([[np.nan, np.inf], [np.nan, 0.0]]))
+    names = {"titles": ["a"], "xlabels": ["x"], "ylabels": ["y"]}
+    curves(tmp_path / "curves.png", [{"joint": unknown}], **names)
+    assert width(tmp_path / "curves.png") > 100
+
+
 def test_curves_show_median_and_quartiles(tmp_path):
     values = np.array([[1.0, 2.0, 3.0, np.nan], [4.0, 4.0, 4.0, 4.0]])
     curve = Curve.quartiles(np.array([0.0, 1.0]), values)

@@ -94,6 +94,25 @@ def test_times_targets_and_misses():
     assert (np.diff(seconds) >= 0).all()
 
 
+def test_problems_without_an_equilibrium_at_the_start_count_against_joint(capsys):
+    problem, at = quadratic()
+
+    def cell(params, z, x):
+        # Where x is at the start of the last problem, z jumps about for ever.
+        return jnp.where(x[:, :1] == 2.0, jnp.sin(50 * jnp.cumsum(z, axis=1) + 1), 0.5 * z)
+
+    stuck = jdeq.InputProblem(cell, problem.objective)
+    at = at._replace(x0=at.x0.at[-1, 0].set(2.0))
+    joint, nested, published = (
+        Scripted(name, progress([2] * 8, 5), 0.002).candidate for name in "abc"
+    )
+    outcome = speed.compare(stuck, at, at, [joint], [nested], published)
+    assert "no equilibrium at the start" in capsys.readouterr().err
+    assert outcome.joint.share_reached == 7 / 8
+    assert outcome.speedup(outcome.nested)[-1] == 0
+    assert np.isfinite(outcome.speedup(outcome.nested)[:-1]).all()
+
+
 def test_one_percent_of_the_way_is_near_enough():
     problem, at = quadratic()
     almost = progress([2] * 8, 5) * (1 - 0.0999)  # f = 0.0998^2 < 0.01
