@@ -127,7 +127,7 @@ def meets_tolerance(residual: KKTResidual, evaluation: Evaluation, controls: Con
 
 
 def guard(residual: KKTResidual, evaluation: Evaluation, controls: Controls) -> Array:
-    """The state residual, below its tolerance the tolerance itself: all such are equilibria, ``[B]``."""
+    """The state residual or, if larger, its tolerance, ``[B]``: all within it are equilibria."""
     tolerance = controls.atol + controls.rtol * _tree.norm(evaluation.state)
     return jnp.maximum(residual.state, tolerance.astype(residual.state.dtype))
 

@@ -32,6 +32,8 @@ _LEAST_WAIT = 2
 _RETREAT = 0.25
 """Fraction that is left of a step on x that made things worse."""
 
+_MOST_RETREATS = 3
+"""Retreats in a row: the anchor was measured with an error, and may not be worth going back to."""
 
 _TOLERATED_RISE = 0.01
 """Relative rise of the objective that a step on x may cost while it lowers the gradient."""
@@ -62,6 +64,7 @@ class PolishedMemory(NamedTuple):
         anchor: where the current step on x set out from.
         last_gradient: gradient of the previous iteration, like x.
         waited: iterations since x moved, int32 ``[B]``.
+        retreats: retreats since the last step ahead, int32 ``[B]``.
     """
 
     descent: PyTree
@@ -69,6 +72,7 @@ class PolishedMemory(NamedTuple):
     anchor: Anchor
     last_gradient: PyTree
     waited: Array
+    retreats: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +119,14 @@ class Polished:
         """Memory of both phases."""
         infinite = jnp.full_like(_tree.norm(state.x), jnp.inf)
         zeros = _tree.zeros_like(state.x)
+        none = jnp.zeros(infinite.shape, jnp.int32)
         return PolishedMemory(
             descent=self.descent.init(state, self._switch(max_steps)),
             quasi_newton=jax.vmap(self._lbfgs().init)(state.x),
             anchor=Anchor(state.x, zeros, infinite, infinite),
             last_gradient=zeros,
-            waited=jnp.zeros(infinite.shape, jnp.int32),
+            waited=none,
+            retreats=none,
         )
 
     def step(
@@ -164,6 +170,7 @@ class Polished:
         settled = memory.waited >= _LEAST_WAIT
         settled &= change <= _SETTLED * residual.stationarity
         worse = _is_worse(objective, residual.stationarity, anchor)
+        worse &= memory.retreats < _MOST_RETREATS
         direction, quasi_newton = self._direction(x, gradient, memory, context)
 
         ahead = context.project(_tree.add(x, direction))
@@ -176,6 +183,7 @@ class Polished:
             anchor=_tree.select(forward, here, anchor),
             last_gradient=gradient,
             waited=jnp.where(settled, 0, memory.waited + 1),
+            retreats=jnp.where(forward, 0, memory.retreats + retreat),
         )
         return _tree.select(forward, ahead, _tree.select(retreat, back, x)), memory
 
@@ -191,7 +199,8 @@ class Polished:
         upwards, quasi_newton = _tree.cast_like(update, (x, memory.quasi_newton))
         newton = jax.tree.map(jnp.negative, upwards)
         usable = _tree.dot(newton, gradient) < 0
-        usable &= jnp.isfinite(_tree.norm(newton))
+        # Without a pair yet, L-BFGS takes the gradient for a step, whatever its units.
+        usable &= jnp.isfinite(_tree.norm(newton)) & (memory.quasi_newton.count > 0)
         return _shorten(_tree.select(usable, newton, spectral), x), quasi_newton
 
 

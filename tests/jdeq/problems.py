@@ -161,7 +161,7 @@ class Optimum(NamedTuple):
         return self.problem, self.params, self.target, self.x0, self.z0
 
 
-WEIGHT = 0.1
+WEIGHT = 0.5
 """Penalty on x of all input problems."""
 
 
@@ -172,7 +172,7 @@ def optimum(constraint: str = "free", scale: float = 1.0, seed: int = 0) -> Opti
     ridge grows until the norm fits, and in a box it is a bounded least-squares problem.
     """
     rng = np.random.default_rng(seed)
-    W, U = matrix(rng, N, N, 0.7), matrix(rng, N, M, 1.0)
+    W, U = matrix(rng, N, N, 0.5), matrix(rng, N, M, 1.0)
     target = rng.normal(size=(B, N))
     R = np.linalg.solve(np.eye(N) - W, U)
     data = None

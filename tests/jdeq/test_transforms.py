@@ -53,7 +53,7 @@ def losses():
     """Scalar losses of the differentiable entry points, of (params, x), on two small problems."""
     jax.config.update("jax_enable_x64", True)
     e, o = problems.tanh(norm=0.6), problems.optimum()
-    quick = {"method": Descent(optax.sgd(0.4)), "rtol": 1e-11, "max_steps": 2000}
+    quick = {"method": Descent(optax.sgd(0.05)), "rtol": 1e-11, "max_steps": 2000}
 
     def of_deq(params, x):
         return outer_loss(jdeq.deq(e.cell, params, x, e.z0, **TIGHT).value)
@@ -88,6 +88,10 @@ def test_gradients_under_jit_vmap_and_scan_agree(losses, entry):
     one_by_one = [jax.value_and_grad(loss, argument)(params, row) for row in several]  # eager
     values = jnp.stack([v for v, _ in one_by_one])
     gradients = jax.tree.map(lambda *g: jnp.stack(g), *[g for _, g in one_by_one])
+
+    assert all(
+        jnp.any(leaf) for leaf in jax.tree.leaves(gradients["W"] if argument == 0 else gradients)
+    )
 
     inside = jax.jit(jax.value_and_grad(loss, argument))(params, several[1])
     assert_trees_close(inside, one_by_one[1])
