@@ -1,5 +1,7 @@
 """Joint inference and input optimisation in deep equilibrium networks."""
 
+from importlib.metadata import version
+
 from jdeq import adjoints, joint, projections, regularization, solvers
 from jdeq.fixed_point import deq, fixed_point
 from jdeq.joint.augmented import AugmentedState, KKTResidual
@@ -27,3 +29,5 @@ __all__ = [
     "regularization",
     "solvers",
 ]
+
+__version__ = version("jdeq")

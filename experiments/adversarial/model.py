@@ -148,7 +148,12 @@ class Classifier(nnx.Module):
             config.image_shape[2], config.widths[0], groups=config.groups, **shared
         )
         self.multiscale = MultiscaleCell(
-            config.widths, groups=config.groups, fusion_groups=config.fusion_groups, **shared
+            config.widths,
+            groups=config.groups,
+            fusion_groups=config.fusion_groups,
+            # Solves of the untrained cell converge at 0.5 (published: 1, and they stall).
+            state_scale=0.5,
+            **shared,
         )
         self.output = Head(config, **shared)
 

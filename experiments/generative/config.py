@@ -51,7 +51,7 @@ class Config:
     latent_dim: int
     steps: int
     hidden: int = 512
-    decoder_hidden: int = 128
+    decoder_hidden: int = 512
     channels: tuple[int, ...] = ()
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -82,7 +82,6 @@ _DIGITS = Config(
     latent_dim=16,
     steps=2500,
     weight_decay=1.0,
-    jacobian_weight=40.0,
 )
 
 PRESETS = {
@@ -112,8 +111,7 @@ PRESETS = {
         image_size=None,
         generator="dense",
         latent_dim=32,
-        steps=6000,
-        decoder_hidden=256,
+        steps=5000,
         jacobian_weight=750.0,
         latent_penalty=1e-2,
         inner_steps=40,

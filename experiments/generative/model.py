@@ -60,7 +60,14 @@ class DenseGenerator(nnx.Module):
         self.image_shape = image_shape
         self.latent_dim = latent_dim
         self.hidden = hidden
-        self.recurrent = nnx.Linear(hidden, hidden, kernel_init=_SMALL, rngs=rngs)
+        # A bias of zero would start x at z = 0, where the decoder's ReLUs have no slope.
+        self.recurrent = nnx.Linear(
+            hidden,
+            hidden,
+            kernel_init=_SMALL,
+            bias_init=nnx.initializers.normal(0.1),
+            rngs=rngs,
+        )
         self.injection = nnx.Linear(
             latent_dim, hidden, use_bias=False, kernel_init=_USUAL, rngs=rngs
         )
@@ -100,9 +107,10 @@ class MultiscaleGenerator(nnx.Module):
         z* = cell(z*, V x + b),   image = (1 + tanh(output(z*))) / 2
 
     V x + b has the size of the whole state, each branch its part. With channels (32, 64, 128, 256),
-    64x64x3 images and 128 latent dimensions it has the published 40,799,552 parameters. Two things
-    are ours: images are in [0, 1] (published: [-1, 1]), and b starts at random, because at x = 0 a
-    state of zero with no bias is one where the normalisations have no derivative.
+    64x64x3 images and 128 latent dimensions it has the published 40,799,552 parameters. Ours are
+    the range of the images, [0, 1] (published: [-1, 1]), and where training starts: b is random
+    with unit variance, so that x = 0 with a state of zero is no point where the normalisations
+    lack a derivative, and with it and `state_scale` the untrained cell is a contraction.
 
     Attributes:
         latent_dim: dimension of x.
@@ -132,9 +140,9 @@ class MultiscaleGenerator(nnx.Module):
         self.image_shape = image_shape
         self.latent_dim = latent_dim
         shared: dict[str, Any] = {"precision": precision, "rngs": rngs}
-        self.multiscale = MultiscaleCell(channels, **shared)
+        self.multiscale = MultiscaleCell(channels, state_scale=0.5, **shared)
         shapes = self.multiscale.shapes(1, image_shape[:2])
-        noise = nnx.initializers.normal(latent_dim**-0.5)
+        noise = nnx.initializers.normal(1.0)
         self.injections = nnx.List(
             [nnx.Linear(latent_dim, math.prod(s), bias_init=noise, **shared) for s in shapes]
         )

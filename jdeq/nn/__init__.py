@@ -2,11 +2,13 @@
 
 from jdeq.nn.conv import Conv, conv2d, fold_weight_norm
 from jdeq.nn.dropout import apply_mask, variational_masks
+from jdeq.nn.layer import DEQ
 from jdeq.nn.multiscale import MultiscaleCell
 from jdeq.nn.norm import GroupNorm, group_norm
 from jdeq.nn.resize import bilinear_upsample, nearest_upsample
 
 __all__ = [
+    "DEQ",
     "Conv",
     "GroupNorm",
     "MultiscaleCell",

@@ -61,7 +61,7 @@ def conv2d(
     halves = tuple(k // 2 if padding is None else padding for k in kernel.shape[:2])
     pads = ((halves[0], halves[0]), (halves[1], halves[1]))
     convolve = _conv if on_cpu() else _plain_conv
-    return convolve(x.astype(dtype), kernel.astype(dtype), stride, pads, precision)
+    return convolve(jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), stride, pads, precision)
 
 
 def _check(x: Array, kernel: Array, stride: int, padding: int | None) -> None:

@@ -33,6 +33,7 @@ class ResidualBlock(nnx.Module):
         weight_norm: whether the convolutions are weight-normalised.
         context: features of the context vector that modulates the block (feature-wise scale and
             shift after the first normalisation, FiLM: Perez et al., 2018); 0 for none.
+        kernel_init: initialiser of the convolutions' kernels.
         precision: of the convolutions' products.
         param_dtype: dtype of the parameters.
         rngs: source of the parameters' keys.
@@ -46,18 +47,25 @@ class ResidualBlock(nnx.Module):
         groups: int,
         weight_norm: bool,
         context: int,
+        kernel_init: nnx.initializers.Initializer,
         precision: Precision,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        conv = {"weight_norm": weight_norm, "precision": precision, "param_dtype": param_dtype}
+        conv: dict[str, Any] = {
+            "weight_norm": weight_norm,
+            "kernel_init": kernel_init,
+            "precision": precision,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         hidden = expansion * width
-        self.widen = Conv(width, hidden, 3, **conv, rngs=rngs)
+        self.widen = Conv(width, hidden, 3, **conv)
         self.hidden_norm = GroupNorm(hidden, groups, param_dtype=param_dtype)
         self.film = (
             nnx.Linear(context, 2 * hidden, param_dtype=param_dtype, rngs=rngs) if context else None
         )
-        self.narrow = Conv(hidden, width, 3, **conv, rngs=rngs)
+        self.narrow = Conv(hidden, width, 3, **conv)
         self.injected_norm = GroupNorm(width, groups, param_dtype=param_dtype)
         self.norm = GroupNorm(width, groups, param_dtype=param_dtype)
 
@@ -91,17 +99,19 @@ class Downsample(nnx.Module):
         steps: int,
         *,
         groups: int,
+        kernel_init: nnx.initializers.Initializer,
         precision: Precision,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
+        conv: dict[str, Any] = {
+            "kernel_init": kernel_init,
+            "precision": precision,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         widths = [*[in_width] * steps, out_width]
-        self.convs = nnx.List(
-            [
-                Conv(a, b, 3, stride=2, precision=precision, param_dtype=param_dtype, rngs=rngs)
-                for a, b in pairwise(widths)
-            ]
-        )
+        self.convs = nnx.List([Conv(a, b, 3, stride=2, **conv) for a, b in pairwise(widths)])
         self.norms = nnx.List(
             [GroupNorm(width, groups, param_dtype=param_dtype) for width in widths[1:]]
         )
@@ -125,12 +135,19 @@ class Upsample(nnx.Module):
         steps: int,
         *,
         groups: int,
+        kernel_init: nnx.initializers.Initializer,
         precision: Precision,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.conv = Conv(
-            in_width, out_width, 1, precision=precision, param_dtype=param_dtype, rngs=rngs
+            in_width,
+            out_width,
+            1,
+            kernel_init=kernel_init,
+            precision=precision,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.norm = GroupNorm(out_width, groups, param_dtype=param_dtype)
         self.factor = 2**steps
@@ -154,6 +171,11 @@ class MultiscaleCell(nnx.Module):
         fusion_groups: groups of the fusion's normalisations; divides every width if there are
             several branches.
         weight_norm: whether the convolutions outside the fusion are weight-normalised.
+        kernel_init: initialiser of the convolutions' kernels; normal of deviation 0.01 by default,
+            as published. The normalisations undo its scale except beside the injection.
+        state_scale: scale at which the final normalisation starts. Below 1 the state counts for
+            less beside the injection, and an untrained cell with injections of unit variance in
+            every branch contracts (at 0.5, say; at 1 it usually does not).
         context: features of the context vector; an equal part goes to each branch's FiLM
             modulation. 0 for none.
         precision: of the convolutions' products, see `jdeq.nn.conv2d`.
@@ -173,6 +195,8 @@ class MultiscaleCell(nnx.Module):
         groups: int = 4,
         fusion_groups: int = 8,
         weight_norm: bool = True,
+        kernel_init: nnx.initializers.Initializer | None = None,
+        state_scale: float = 1.0,
         context: int = 0,
         precision: Precision = None,
         param_dtype: Any = jnp.float32,
@@ -181,7 +205,12 @@ class MultiscaleCell(nnx.Module):
         self.widths = tuple(widths)
         self.context = context
         _check_widths(self.widths, groups, fusion_groups, context)
-        shared: dict[str, Any] = {"precision": precision, "param_dtype": param_dtype, "rngs": rngs}
+        shared: dict[str, Any] = {
+            "kernel_init": kernel_init or nnx.initializers.normal(0.01),
+            "precision": precision,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         self.blocks = nnx.List(
             [
                 ResidualBlock(
@@ -219,7 +248,10 @@ class MultiscaleCell(nnx.Module):
             [Conv(width, width, 1, weight_norm=weight_norm, **shared) for width in self.widths]
         )
         self.norms = nnx.List(
-            [GroupNorm(width, groups, param_dtype=param_dtype) for width in self.widths]
+            [
+                GroupNorm(width, groups, initial_scale=state_scale, param_dtype=param_dtype)
+                for width in self.widths
+            ]
         )
 
     def __call__(

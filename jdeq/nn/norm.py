@@ -40,6 +40,7 @@ def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, epsilon: flo
     Raises:
         ValueError: if `groups` does not divide C.
     """
+    x = jnp.asarray(x)
     channels = x.shape[-1]
     check_groups(channels, groups)
     batch, size = x.shape[0], channels // groups
@@ -146,7 +147,8 @@ class GroupNorm(nnx.Module):
         features: channels C.
         groups: number of groups; divides C.
         epsilon: added to the variance.
-        affine: whether there are a scale (initially 1) and a shift (initially 0).
+        affine: whether there are a scale and a shift (initially 0).
+        initial_scale: what the scale starts at.
         param_dtype: dtype of the parameters.
 
     Raises:
@@ -160,10 +162,12 @@ class GroupNorm(nnx.Module):
         *,
         epsilon: float = 1e-5,
         affine: bool = True,
+        initial_scale: float = 1.0,
         param_dtype: Any = jnp.float32,
     ):
         check_groups(features, groups)
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype)) if affine else None
+        scale = jnp.full((features,), initial_scale, param_dtype)
+        self.scale = nnx.Param(scale) if affine else None
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype)) if affine else None
         self.groups = groups
         self.epsilon = epsilon

@@ -1,0 +1,1 @@
+"""Benchmarks: each script tests one claim and writes one JSON file."""

@@ -1,0 +1,157 @@
+"""What a joint iteration costs beyond its useful work, at the published MNIST classifier's size.
+
+    python -m experiments.benchmarks.joint_overhead --output overhead.json
+
+The useful work of an iteration is one evaluation of the cell, its vector-Jacobian product in z and
+x, and value and gradient of the head's loss. It is timed in a bare loop that does nothing else, in
+turns with joint solves of the same problem. The cost of one iteration is the difference of a long
+and a short run over the difference of their iterations, so that entering a program does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jax import Array, lax
+
+import jdeq
+from experiments.adversarial.model import PRESETS, Classifier
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to time.
+
+    Attributes:
+        output: JSON file to write.
+        batch: Images a batch.
+        short: Iterations of the short run.
+        long: Iterations of the long run.
+        repeats: Rounds; each times every contestant once.
+    """
+
+    output: Path
+    batch: int = 48
+    short: int = 4
+    long: int = 24
+    repeats: int = 7
+
+
+def main(options: Options) -> None:
+    """Time all contestants in turns, print and write the result."""
+    contestants = build(options)
+    for run in contestants.values():
+        for iterations in (options.short, options.long):
+            jax.block_until_ready(run(jnp.asarray(iterations)))
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(options.repeats):
+        for name, run in contestants.items():
+            spent = seconds(run, options.long) - seconds(run, options.short)
+            samples[name].append(spent / (options.long - options.short))
+    report(samples, options)
+
+
+def seconds(run: Callable[[Array], PyTree], iterations: int) -> float:
+    """Wall time of one run."""
+    budget = jax.block_until_ready(jnp.asarray(iterations))
+    started = time.perf_counter()
+    jax.block_until_ready(run(budget))
+    return time.perf_counter() - started
+
+
+def build(options: Options) -> dict[str, Callable[[Array], PyTree]]:
+    """The bare loop and the joint solves, each a function of the number of iterations."""
+    model = Classifier(PRESETS["mnist-published"], rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    images = jax.random.uniform(jax.random.key(0), (options.batch, 28, 28, 1))
+    labels = jnp.arange(options.batch) % 10
+    z0 = model.initial_state(options.batch)
+    x0 = jnp.zeros_like(images)
+
+    def cell(params: PyTree, z: PyTree, x: Array, images: Array) -> PyTree:
+        return nnx.merge(graph, params).cell(z, images + x)
+
+    def objective(params: PyTree, z: PyTree, x: Array, labels: Array, images: Array) -> Array:
+        del x, images
+        logits = nnx.merge(graph, params).head(z)
+        return -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def project(x: Array, images: Array) -> Array:
+        del images
+        return jdeq.projections.l2_ball(x, jnp.ones(len(x)))
+
+    problem = jdeq.InputProblem(cell, objective, project)
+
+    @jax.jit
+    def bare(iterations: Array) -> PyTree:
+        def useful(k: Array, carry: tuple[PyTree, Array, PyTree]) -> tuple[PyTree, Array, PyTree]:
+            del k
+            z, x, mu = carry
+            fz, pull_back = jax.vjp(lambda z, x: cell(params, z, x, images), z, x)
+            _, loss_z = jax.value_and_grad(
+                lambda z: jnp.sum(objective(params, z, x, labels, images))
+            )(z)
+            cell_z, cell_x = pull_back(mu)
+            # The sums make every result count, so that none is left out of the compiled loop.
+            return fz, cell_x, jax.tree.map(jnp.add, cell_z, loss_z)
+
+        return lax.fori_loop(0, iterations, useful, (z0, x0, z0))
+
+    def joint(method: Any) -> Callable[[Array], PyTree]:
+        return lambda budget: jdeq.joint_solve(
+            problem, params, labels, x0, z0, data=images, method=method,
+            rtol=0.0, atol=0.0, max_steps=options.long, step_budget=budget,
+        ).value  # fmt: skip
+
+    return {
+        "useful work": bare,
+        "Descent": joint(jdeq.joint.Descent(step_size=0.01)),
+        "Polished": joint(jdeq.joint.Polished()),
+        "Accelerated, window 20": joint(jdeq.joint.Accelerated(step_size=0.2)),
+    }
+
+
+def report(samples: dict[str, list[float]], options: Options) -> None:
+    """Print ratios to the useful work, paired by round, and write the JSON file."""
+    bare = np.array(samples["useful work"])
+    rows = {}
+    for name, values in samples.items():
+        ratio = np.array(values) / bare
+        rows[name] = {
+            "ratio_median": float(np.median(ratio)),
+            "ratio_min": float(ratio.min()),
+            "ratio_max": float(ratio.max()),
+            "milliseconds_median": float(1e3 * np.median(values)),
+        }
+        low, middle, high = (rows[name][f"ratio_{k}"] for k in ("min", "median", "max"))
+        print(f"{name:24s} {middle:.2f} times the useful work ({low:.2f} to {high:.2f})")
+    result = {
+        "batch": options.batch,
+        "iterations": [options.short, options.long],
+        "repeats": options.repeats,
+        "device": str(jax.devices()[0]),
+        "processor": platform.processor() or platform.machine(),
+        "jax": jax.__version__,
+        "jdeq": jdeq.__version__,
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"jax {jax.__version__} on {jax.devices()[0]}; written to {options.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
