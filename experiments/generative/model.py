@@ -22,6 +22,14 @@ _DARKEST = 0.02
 """A sigmoid starts no nearer to 0 or 1 than this, where it would have no slope."""
 
 
+def _starting_at(mean_image: Array | None) -> jax.nn.initializers.Initializer:
+    """The bias of a sigmoid that is ``mean_image``, or 1/2 for None."""
+    if mean_image is None:
+        return nnx.initializers.zeros_init()
+    inside = jnp.clip(mean_image.reshape(-1), _DARKEST, 1 - _DARKEST)
+    return lambda key, shape, dtype=jnp.float32: jax.scipy.special.logit(inside).astype(dtype)
+
+
 class DenseGenerator(nnx.Module):
     """A fully connected equilibrium with a two-layer decoder.
 
@@ -73,11 +81,12 @@ class DenseGenerator(nnx.Module):
         )
         self.features = nnx.Linear(hidden, decoder_hidden, kernel_init=_USUAL, rngs=rngs)
         self.pixels = nnx.Linear(
-            decoder_hidden, math.prod(image_shape), kernel_init=_USUAL, rngs=rngs
+            decoder_hidden,
+            math.prod(image_shape),
+            kernel_init=_USUAL,
+            bias_init=_starting_at(mean_image),
+            rngs=rngs,
         )
-        if mean_image is not None:
-            inside = jnp.clip(mean_image.reshape(-1), _DARKEST, 1 - _DARKEST)
-            self.pixels.bias[...] = jax.scipy.special.logit(inside)
 
     def cell(self, z: Array, x: Array) -> Array:
         """One step towards equilibrium.

@@ -63,6 +63,7 @@ def build_generator(
         mean_image: What a dense generator decodes at first, in [0, 1]; None is mid-grey.
     """
     rngs = nnx.Rngs(seed)
+    model: DenseGenerator | MultiscaleGenerator
     if config.generator == "dense":
         model = DenseGenerator(
             image_shape,
