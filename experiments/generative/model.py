@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +23,7 @@ _DARKEST = 0.02
 """A sigmoid starts no nearer to 0 or 1 than this, where it would have no slope."""
 
 
-def _starting_at(mean_image: Array | None) -> jax.nn.initializers.Initializer:
+def _starting_at(mean_image: Array | None) -> Callable[..., Array]:
     """The bias of a sigmoid that is ``mean_image``, or 1/2 for None."""
     if mean_image is None:
         return nnx.initializers.zeros_init()
