@@ -1,6 +1,6 @@
 """Euclidean projections on the constraint sets of input problems, one problem a batch element.
 
-Thin names over ``optax.projections``, mapped over the problem axis.
+Mostly thin names over ``optax.projections``, mapped over the problem axis.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from optax import projections
+
+from jdeq import _tree
 
 PyTree = Any
 
@@ -24,7 +27,11 @@ def l2_ball(x: PyTree, radius: Array) -> PyTree:
     Returns:
         The projection, like ``x``.
     """
-    return jax.vmap(projections.projection_l2_ball)(x, radius)
+    square = _tree.dot(x, x)
+    inside = square <= radius**2
+    # Inside, no norm is taken: that of zero has no derivative.
+    norm = jnp.sqrt(jnp.where(inside, 1, square))
+    return _tree.scale(jnp.where(inside, 1, radius / norm), x)
 
 
 def linf_ball(x: PyTree, radius: Array) -> PyTree:
@@ -64,4 +71,4 @@ def simplex(x: Array, scale: float = 1.0) -> Array:
     Returns:
         The projection, ``[B, n]``.
     """
-    return jax.vmap(lambda row: projections.projection_simplex(row, scale))(x)
+    return jax.vmap(lambda row: projections.projection_simplex(row, scale))(x).astype(x.dtype)

@@ -92,19 +92,26 @@ def test_agrees_with_finite_differences(name):
         at = arguments(seed)
         bar, s = gradient(at)
         assert np.all(s.result == Result.converged)
-        rng = np.random.default_rng(seed)
-        leaves, tree = jax.tree.flatten(at)
-        for i, (leaf, leaf_bar) in enumerate(zip(leaves, jax.tree.leaves(bar), strict=True)):
-            direction = jnp.array(rng.normal(size=leaf.shape))
-
-            def moved(t, i=i, direction=direction):
-                new = [*leaves]
-                new[i] = leaves[i] + t * direction
-                return loss(jax.tree.unflatten(tree, new))[0]
-
-            want = problems.central_difference(moved)
+        for leaf, leaf_bar, put in each_leaf(at, bar):
+            direction = jnp.array(np.random.default_rng(seed).normal(size=leaf.shape))
+            want = problems.central_difference(
+                lambda t, leaf=leaf, put=put, direction=direction: loss(put(leaf + t * direction))[
+                    0
+                ]
+            )
             got = jnp.vdot(leaf_bar, direction)
             assert abs(got - want) <= 1e-6 * abs(want) + 1e-9
+
+
+def each_leaf(tree, other):
+    """Every leaf with its namesake in ``other`` and a function that puts another in its place."""
+    leaves, structure = jax.tree.flatten(tree)
+    for i, pair in enumerate(zip(leaves, jax.tree.leaves(other), strict=True)):
+
+        def put(leaf, i=i):
+            return jax.tree.unflatten(structure, [*leaves[:i], leaf, *leaves[i + 1 :]])
+
+        yield *pair, put
 
 
 def test_closed_form_of_the_value_and_its_gradient():

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jdeq
+from jdeq.joint import Descent
+from jdeq.solution import Result
+from tests.jdeq import problems
+
+
+def test_takes_the_published_steps():
+    """Equations 9 to 11 of Gurumurthy et al. (2021), replayed by hand on a linear problem."""
+    o = problems.optimum("box")
+    method = Descent(optax.sgd(0.1), state_relaxation=0.8, adjoint_relaxation=0.6)
+    s = jdeq.joint_solve(
+        *o.arguments, method=method, max_steps=10, rtol=1e-13, history=lambda state: state
+    )
+    W, U, t = (np.asarray(v) for v in (o.params["W"], o.params["U"], o.target))
+    z, x, mu = (np.asarray(v) for v in (o.z0, o.x0, o.z0))
+    for k in range(10):
+        np.testing.assert_allclose(s.history.record.z[k], z, atol=1e-12)
+        np.testing.assert_allclose(s.history.record.x[k], x, atol=1e-12)
+        np.testing.assert_allclose(s.history.record.mu[k], mu, atol=1e-12)
+        g = mu @ U + problems.WEIGHT * x
+        adjoint, f = mu @ W + z - t, z @ W.T + x @ U.T
+        z, mu = z + 0.8 * (f - z), mu + 0.6 * (adjoint - mu)
+        x = np.clip(x - 0.1 * g, -0.2, 0.3)
+
+
+OPTIMISERS = {
+    "adam": optax.adam(optax.cosine_decay_schedule(0.1, 400)),
+    "nesterov": optax.sgd(0.05, 0.8, nesterov=True),
+    "rmsprop": optax.rmsprop(optax.exponential_decay(0.05, 40, 0.5)),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.5), optax.scale(-0.1)),
+    "decayed": optax.chain(
+        optax.normalize_by_update_norm(), optax.sgd(optax.exponential_decay(0.1, 20, 0.7))
+    ),
+    "lion": optax.lion(optax.exponential_decay(0.05, 30, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_takes_any_optax_optimiser(name):
+    o = problems.optimum()
+    s = jdeq.joint_solve(*o.arguments, method=Descent(OPTIMISERS[name]), max_steps=400, rtol=1e-9)
+    assert np.all(s.result != Result.non_finite)
+    np.testing.assert_allclose(s.aux.objective, o.objective, rtol=2e-3)
+
+
+def test_optimisers_are_mapped_over_problems():
+    """Problems of a batch move as they do alone, also where the optimiser takes norms."""
+    o = problems.optimum()
+    scales = jnp.array([1.0, 1e4, 1e-2])
+    target = scales[:, None] * o.target
+    method = Descent(OPTIMISERS["chain"])
+    options = {"method": method, "max_steps": 20, "rtol": 1e-12, "history": lambda state: state.x}
+    batch = jdeq.joint_solve(o.problem, o.params, target, o.x0, o.z0, **options)
+    for i in range(problems.B):
+        one = slice(i, i + 1)
+        alone = jdeq.joint_solve(o.problem, o.params, target[one], o.x0[one], o.z0[one], **options)
+        np.testing.assert_allclose(
+            alone.history.record[:, 0], batch.history.record[:, i], rtol=1e-9, atol=1e-12
+        )
+
+
+def test_the_default_optimiser_takes_steps_free_of_the_objectives_units():
+    def run(scale):
+        o = problems.optimum(scale=scale)
+        return jdeq.joint_solve(
+            *o.arguments,
+            method=Descent(),
+            max_steps=50,
+            rtol=1e-12,
+            atol=0.0,
+            history=lambda state: state.x,
+        ).history.record
+
+    reference = run(1.0)
+    for scale in (1e-8, 1e8):
+        np.testing.assert_allclose(run(scale), reference, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+def test_the_default_schedule_spans_max_steps(steps):
+    """From ``step_size`` to a fiftieth of it: read off the steps on a constant slope."""
+    size = 0.3
+
+    def objective(params, z, x, target):
+        return jnp.sum(x, 1) + 0 * jnp.sum(z, 1)
+
+    problem = jdeq.InputProblem(lambda p, z, x: 0 * z, objective)
+    zeros = jnp.zeros((1, 2))
+    s = jdeq.joint_solve(
+        problem,
+        None,
+        zeros,
+        zeros,
+        zeros,
+        method=Descent(step_size=size),
+        max_steps=steps,
+        rtol=0.0,
+        atol=0.0,
+        history=lambda state: state.x,
+    )
+    moved = -np.diff(s.history.record[:, 0, 0])
+    k = np.arange(steps - 1)
+    decay = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * k / steps))
+    np.testing.assert_allclose(moved, size * decay, rtol=1e-6)
+
+
+def test_a_bare_optimiser_sees_gradients_of_each_problems_own_loss():
+    """Not of their sum over the batch, nor of their mean."""
+    o = problems.optimum()
+    seen = []
+
+    def update(g, state, x=None):
+        jax.debug.callback(lambda g: seen.append(np.asarray(g)), g, ordered=False)
+        return jax.tree.map(jnp.zeros_like, g), state
+
+    method = Descent(optax.GradientTransformation(lambda x: (), update))
+    x0 = o.x0 + 0.5
+    jdeq.joint_solve(o.problem, o.params, o.target, x0, o.z0, method=method, max_steps=1)
+    jax.effects_barrier()
+    got = np.array(sorted(np.ravel(seen)))
+    np.testing.assert_allclose(got, np.sort(np.ravel(problems.WEIGHT * x0)))
