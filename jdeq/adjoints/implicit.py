@@ -111,8 +111,11 @@ class Implicit:
         cotangent = base.mask_problems(bad, cotangent)
         adjoint = self._solve_adjoint(equilibrium, theta, inputs, z, cotangent, controls, start)
 
-        bad_backward = bad | base.failed(adjoint.result)
-        u = base.mask_problems(bad_backward, adjoint.value)
+        # From here on, problems whose backward solve failed are no better: a map that is finite may
+        # have a derivative that is not.
+        bad |= base.failed(adjoint.result)
+        z, inputs = base.donate(bad, (z, inputs))
+        u = base.mask_problems(bad, adjoint.value)
         _, vjp = jax.vjp(lambda theta, inputs: equilibrium.f(theta, inputs, z), theta, inputs)
         theta_bar, inputs_bar = vjp(u)
         theta_bar = base.mask_shared(jnp.all(bad), theta_bar)

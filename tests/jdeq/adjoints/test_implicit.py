@@ -261,6 +261,26 @@ class TestFailures:
         (_, want), _ = self.gradients(p.cell, p.params, safe, p.z0, weight)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), x_bar, want)
 
+    def test_a_finite_state_whose_derivative_is_not(self):
+        """Regression: such a problem's zero cotangent times infinity spoiled the sum over all."""
+
+        def cell(params, z, x):
+            return jnp.tanh(z @ params["W"].T + 0.3) + jnp.sqrt(x * z**2)
+
+        p = problems.tanh(norm=0.6)
+        p = p._replace(z0=p.z0 + 1)
+        x = jnp.array([[0.01], [0.0], [0.02]])
+        (params_bar, x_bar), result = self.gradients(cell, p.params, x, p.z0)
+        assert np.all(result == Result.converged)
+        weight = jnp.array([1.0, 0.0, 1.0])
+        safe = x.at[1].set(0.01)
+        (want, want_x), _ = self.gradients(cell, p.params, safe, p.z0, weight)
+        np.testing.assert_allclose(params_bar["W"], want["W"], rtol=1e-9)
+        np.testing.assert_allclose(x_bar, want_x, rtol=1e-9)
+        (params_bar, x_bar), _ = self.gradients(cell, p.params, 0 * x, p.z0)
+        np.testing.assert_array_equal(params_bar["W"], 0)
+        np.testing.assert_array_equal(x_bar, 0)
+
     def test_all_problems(self):
         p = problems.tanh()
         (params_bar, x_bar), result = self.gradients(p.cell, p.params, jnp.nan * p.x, p.z0)

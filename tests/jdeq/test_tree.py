@@ -1,0 +1,49 @@
+"""Per-problem arithmetic on trees against the same on flat arrays."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdeq import _tree
+
+
+def flat(tree):
+    leaves = [np.asarray(v, np.float64).reshape(v.shape[0], -1) for v in jax.tree.leaves(tree)]
+    return np.concatenate(leaves, axis=1)
+
+
+def sample(seed):
+    rng = np.random.default_rng(seed)
+    return {"a": jnp.array(rng.normal(size=(3, 2))), "b": [jnp.array(rng.normal(size=(3, 2, 2)))]}
+
+
+def test_products_and_norms_run_over_all_leaves_of_a_problem():
+    a, b = sample(0), sample(1)
+    np.testing.assert_allclose(_tree.dot(a, b), np.sum(flat(a) * flat(b), 1))
+    np.testing.assert_allclose(_tree.norm(a), np.linalg.norm(flat(a), axis=1))
+
+
+def test_sums_of_narrow_dtypes_are_taken_in_float32():
+    ones = jnp.ones((2, 4096), jnp.bfloat16)
+    assert _tree.dot(ones, ones).dtype == jnp.float32
+    np.testing.assert_array_equal(_tree.dot(ones, ones), 4096)  # bfloat16 would stop at 256
+    assert _tree.norm({"a": ones, "b": ones.astype(jnp.float64)}).dtype == jnp.float64
+
+
+def test_elementwise_operations_keep_dtypes():
+    a = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((3, 1), jnp.float32)}
+    b = jax.tree.map(lambda v: 3 * v, a)
+    factor = jnp.array([1.0, 2.0, 0.0])
+    for result in (
+        _tree.scale(factor, a),
+        _tree.relax(a, b, 0.5),
+        _tree.select(factor > 0, a, b),
+        _tree.cast_like(jax.tree.map(lambda v: v.astype(jnp.float64), a), a),
+    ):
+        assert jax.tree.map(lambda v: v.dtype, result) == jax.tree.map(lambda v: v.dtype, a)
+    np.testing.assert_array_equal(_tree.scale(factor, a)["a"][:, 0], [1, 2, 0])
+    np.testing.assert_array_equal(_tree.relax(a, b, 0.5)["b"], 2)
+    assert _tree.relax(a, b, 1) is b
+    np.testing.assert_array_equal(_tree.select(factor > 1, a, b)["b"][:, 0], [3, 1, 3])
