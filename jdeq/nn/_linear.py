@@ -50,9 +50,17 @@ def linear_map(
 
 def _vary_alike(arrays: Arrays) -> Arrays:
     """Makes all arrays vary over the same mesh axes, which `shard_map` asks of a primitive."""
-    axes = [getattr(jax.typeof(a), "vma", None) or frozenset() for a in arrays]
+    axes = [_varying_axes(a) for a in arrays]
     union = frozenset().union(*axes)
     return tuple(_pvary(a, tuple(sorted(union - own))) for a, own in zip(arrays, axes, strict=True))
+
+
+def _varying_axes(array: Array) -> frozenset[str]:
+    kind = jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    # The name before jax 0.10.
+    varying = getattr(kind, "vma", None) if manual is None else manual.varying
+    return frozenset() if varying is None else varying
 
 
 def _pvary(array: Array, axes: tuple[str, ...]) -> Array:

@@ -114,7 +114,7 @@ def test_input_value_sees_what_cell_objective_and_project_capture():
             lambda x: jdeq.projections.l2_ball(x, radius),
         )
         values, _ = jdeq.input_value(
-            problem, None, o.target, o.x0, o.z0, rtol=1e-11, max_steps=2000
+            problem, None, o.target, o.x0, o.z0, rtol=1e-11, atol=0.0, max_steps=2000
         )
         return jnp.sum(values)
 

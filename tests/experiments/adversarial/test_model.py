@@ -34,15 +34,16 @@ def small():
 
 def test_shapes(small):
     x = jax.random.uniform(jax.random.key(0), (3, 8, 8, 1))
-    z = small.cell(small.initial_state(3), x)
+    z = jax.eval_shape(small.cell, small.initial_state(3), x)
     assert [a.shape for a in z] == [(3, 8, 8, 8), (3, 4, 4, 8)]
-    assert small.inject(x).shape == (3, 8, 8, 8)
-    assert small.head(z).shape == (3, 10)
+    assert jax.eval_shape(small.inject, x).shape == (3, 8, 8, 8)
+    assert jax.eval_shape(small.head, z).shape == (3, 10)
 
 
 def test_images_do_not_see_each_other(small):
     x = jax.random.uniform(jax.random.key(0), (3, 8, 8, 1))
 
+    @jax.jit
     def logits(x):
         z = small.initial_state(len(x))
         for _ in range(3):
@@ -54,6 +55,8 @@ def test_images_do_not_see_each_other(small):
 
 def test_an_image_moves_its_logits(small):
     x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
-    gradient = jax.grad(lambda x: small.head(small.cell(small.initial_state(2), x))[:, 0].sum())(x)
+    gradient = jax.jit(
+        jax.grad(lambda x: small.head(small.cell(small.initial_state(2), x))[:, 0].sum())
+    )(x)
     assert bool(jnp.isfinite(gradient).all())
     assert float(jnp.abs(gradient).max()) > 0

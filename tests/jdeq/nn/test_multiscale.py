@@ -37,7 +37,7 @@ def test_shapes_of_any_branches_and_sizes(widths, size):
     cell = MultiscaleCell(widths, expansion=2, rngs=nnx.Rngs(0))
     shapes = cell.shapes(2, size)
     z = tuple(jnp.zeros(s) for s in shapes)
-    out = cell(z, [jnp.ones(shapes[0])] + [None] * (len(widths) - 1))
+    out = jax.jit(lambda z, x: cell(z, [x] + [None] * (len(widths) - 1)))(z, jnp.ones(shapes[0]))
     assert tuple(a.shape for a in out) == shapes
     assert all(bool(jnp.isfinite(a).all()) for a in out)
 

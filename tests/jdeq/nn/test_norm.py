@@ -27,9 +27,9 @@ def ours(x, scale, bias, groups=4):
 def arguments(shape):
     rng = np.random.default_rng(0)
     return (
-        3 + 2 * rng.normal(size=shape),
-        rng.normal(size=shape[-1]),
-        rng.normal(size=shape[-1]),
+        jnp.asarray(3 + 2 * rng.normal(size=shape)),
+        jnp.asarray(rng.normal(size=shape[-1])),
+        jnp.asarray(rng.normal(size=shape[-1])),
     )
 
 
@@ -44,7 +44,7 @@ def agree(got, want):
 )
 def test_values_and_derivatives(shape):
     values = arguments(shape)
-    change = arguments(shape)[::1]
+    change = tuple(jnp.sin(a) for a in values)
 
     def everything(f):
         def loss(*a):
@@ -105,7 +105,7 @@ def test_a_constant_input_gives_the_bias_and_a_finite_gradient(value):
 
 def test_a_mean_far_above_the_deviation_costs_no_accuracy_but_the_inputs():
     x, scale, bias = arguments((2, 8, 8, 8))
-    shifted = np.float32(x) + np.float32(1000.0)
+    shifted = jnp.float32(x) + jnp.float32(1000.0)
     got = group_norm(shifted, jnp.float32(scale), jnp.float32(bias), groups=4)
     want = formula(shifted.astype(np.float64), scale, bias)
     np.testing.assert_allclose(got, want, atol=1e-3)
