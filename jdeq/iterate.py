@@ -110,6 +110,7 @@ def iterate(
     budget: Array | None = None,
     record: bool | Callable[[PyTree], PyTree] = False,
     detect_stagnation: bool = True,
+    measure_best_last: bool = False,
 ) -> tuple[Solution, Final]:
     """Iterates ``step`` until every problem has finished or the step limit is reached.
 
@@ -126,13 +127,14 @@ def iterate(
         budget: further limit known at run time only, int scalar.
         record: whether to keep the history; a function of the iterate is recorded besides.
         detect_stagnation: whether a problem whose merit no longer improves is stopped.
+        measure_best_last: whether the last step of the limit is spent on the best iterate, whose
+            report then replaces the one that it was chosen by. For steps whose reports are exact
+            only on demand.
 
     Returns:
         The ``Solution`` whose value is the chosen iterate, and what else is left at the end.
     """
-    limit = jnp.asarray(max_steps, jnp.int32)
-    if budget is not None:
-        limit = jnp.minimum(limit, jnp.asarray(budget, jnp.int32))
+    limit = step_limit(max_steps, budget)
     report_shape = jax.eval_shape(
         lambda s, m: step(s, m, jnp.zeros((), jnp.int32))[2], start, memory
     )
@@ -142,8 +144,12 @@ def iterate(
         return (carry.k < limit) & jnp.any(carry.code == Result.max_steps)
 
     def body(carry: _Carry) -> _Carry:
+        last = (carry.k == limit - 1) & measure_best_last
+        if measure_best_last:
+            running_at_last = last & (carry.code == Result.max_steps)
+            carry = carry._replace(iterate=_tree.select(running_at_last, carry.best, carry.iterate))
         new_iterate, new_memory, report = step(carry.iterate, carry.memory, carry.k)
-        return _advance(carry, new_iterate, new_memory, report, record, detect_stagnation)
+        return _advance(carry, new_iterate, new_memory, report, record, detect_stagnation, last)
 
     carry = lax.while_loop(running, body, carry)
     solution = Solution(
@@ -154,6 +160,12 @@ def iterate(
         history=carry.history,
     )
     return solution, Final(carry.best_merit, carry.memory)
+
+
+def step_limit(max_steps: int, budget: Array | None) -> Array:
+    """The smaller of the static limit on steps and the run-time budget, if any: int32 scalar."""
+    limit = jnp.asarray(max_steps, jnp.int32)
+    return limit if budget is None else jnp.minimum(limit, jnp.asarray(budget, jnp.int32))
 
 
 def _start(
@@ -188,6 +200,7 @@ def _advance(
     report: Report,
     record: bool | Callable,
     detect_stagnation: bool,
+    replace_best: Array,
 ) -> _Carry:
     active = carry.code == Result.max_steps
     finite = _all_finite(report)
@@ -198,7 +211,9 @@ def _advance(
     stagnated = (idle_steps >= STAGNATION_STEPS) & detect_stagnation
     growth = jnp.where(stagnated, STAGNATION_GROWTH, DIVERGENCE_FACTOR).astype(usual_size.dtype)
     diverged = (report.size > growth * usual_size) & ~report.converged
-    lowest_guard, accept = _choose(carry, report, active & finite & ~diverged)
+    eligible = active & finite & ~diverged
+    lowest_guard, accept = _choose(carry, report, eligible)
+    accept |= eligible & replace_best
 
     code = jnp.where(stagnated, jnp.int32(Result.stagnated), carry.code)
     code = jnp.where(diverged, jnp.int32(Result.diverged), code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,28 +54,91 @@ class Evaluation(NamedTuple):
 
     Attributes:
         state: ``f(z, x)``.
-        adjoint: ``(df/dz)^T mu + dl/dz``.
+        pulled: ``(df/dz)^T mu``, like z.
+        slope: ``dl/dz``, like z.
         gradient: ``(df/dx)^T mu + dl/dx``, like x.
-        objective: ``l(z, x)``, ``[B]``.
+        objective: ``l``, ``[B]``.
     """
 
     state: PyTree
-    adjoint: PyTree
+    pulled: PyTree
+    slope: PyTree
     gradient: PyTree
     objective: Array
+
+    @property
+    def adjoint(self) -> PyTree:
+        """``(df/dz)^T mu + dl/dz``, like z."""
+        return _tree.add(self.pulled, self.slope)
 
 
 def evaluate(
     pure: PureProblem, theta: Theta, target: PyTree, rest: tuple, at: AugmentedState
 ) -> Evaluation:
     """One evaluation of ``f``, one vector-Jacobian product of it, and one gradient of ``l``."""
+    _, evaluation = _evaluate(pure, theta, target, rest, at, lambda fz: at.z, lambda slope: at.mu)
+    return evaluation
+
+
+def evaluate_ahead(
+    pure: PureProblem,
+    theta: Theta,
+    target: PyTree,
+    rest: tuple,
+    at: AugmentedState,
+    ahead: Callable[[PyTree, PyTree], PyTree],
+    exact: Array,
+    complete: Array,
+) -> tuple[AugmentedState, Evaluation]:
+    """The same work in an order that lets the gradient lag behind x as little as possible.
+
+    The objective is taken where the state goes next, and its slope is in the adjoint before that
+    is pulled back. In ``evaluate`` a new x reaches the state after one iteration, the adjoint after
+    two and the gradient after three; here all of them at once, but for what the cell feeds back.
+
+    Args:
+        pure: the problem.
+        theta: what all problems share.
+        target: one entry a problem.
+        rest: ``()`` or ``(data,)``.
+        at: the iterate; its ``mu`` lacks ``dl/dz``, it is ``(df/dz)^T mu`` of the last iteration.
+        ahead: ``ahead(z, fz)`` is where the state goes next.
+        exact: where the objective is to be taken at ``z`` after all, bool ``[B]``: then the
+            evaluation is that of ``evaluate`` at the returned iterate.
+        complete: where ``at.mu`` is the whole adjoint, bool ``[B]``.
+
+    Returns:
+        The iterate with its whole adjoint, and its evaluation. Unless exact, ``slope``,
+        ``objective`` and ``dl/dx`` are those of the state ahead.
+    """
+    return _evaluate(
+        pure,
+        theta,
+        target,
+        rest,
+        at,
+        lambda fz: _tree.select(exact, at.z, ahead(at.z, fz)),
+        lambda slope: _tree.select(complete, at.mu, _tree.add(at.mu, slope)),
+    )
+
+
+def _evaluate(
+    pure: PureProblem,
+    theta: Theta,
+    target: PyTree,
+    rest: tuple,
+    at: AugmentedState,
+    state_of_objective: Callable[[PyTree], PyTree],
+    whole_adjoint: Callable[[PyTree], PyTree],
+) -> tuple[AugmentedState, Evaluation]:
     fz, pull_back = jax.vjp(lambda z, x: pure.cell(theta, (x, *rest), z), at.z, at.x)
     objective, pull_back_loss = jax.vjp(
-        lambda z, x: pure.objective(theta, z, x, target, rest), at.z, at.x
+        lambda z, x: pure.objective(theta, z, x, target, rest), state_of_objective(fz), at.x
     )
-    cell_z, cell_x = pull_back(at.mu)
-    loss_z, loss_x = pull_back_loss(jnp.ones_like(objective))
-    return Evaluation(fz, _tree.add(cell_z, loss_z), _tree.add(cell_x, loss_x), objective)
+    slope, loss_x = pull_back_loss(jnp.ones_like(objective))
+    at = at._replace(mu=whole_adjoint(slope))
+    pulled, cell_x = pull_back(at.mu)
+    return at, Evaluation(fz, pulled, slope, _tree.add(cell_x, loss_x), objective)
 
 
 def kkt_residual(

@@ -31,6 +31,19 @@ class Context(NamedTuple):
 
 
 @runtime_checkable
+class LooksAhead(Protocol):
+    """A method that wants the objective where the state goes next (`augmented.evaluate_ahead`).
+
+    The next state that its ``step`` makes carries ``p``, the adjoint without ``dl/dz``, in place
+    of ``mu``, and every leaf of its memory has the problem axis first.
+    """
+
+    def ahead(self, z: PyTree, fz: PyTree) -> PyTree:
+        """Where the state goes from ``z``, given ``fz = f(z, x)``."""
+        ...
+
+
+@runtime_checkable
 class JointMethod(Protocol):
     """Makes the next augmented state from one evaluation of the augmented map.
 

@@ -26,8 +26,8 @@ _SETTLED = 0.1
 """A gradient has settled once an iteration at constant x changes it by less than this fraction of
 the projected gradient."""
 
-_LEAST_WAIT = 2
-"""Iterations before a new x has reached state, adjoint and so the gradient."""
+_LEAST_WAIT = 1
+"""Iterations after which two gradients at the same x can be compared."""
 
 _RETREAT = 0.25
 """Fraction that is left of a step on x that made things worse."""
@@ -114,6 +114,10 @@ class Polished:
 
     def _lbfgs(self) -> optax.GradientTransformation:
         return optax.scale_by_lbfgs(memory_size=self.window)
+
+    def ahead(self, z: PyTree, fz: PyTree) -> PyTree:
+        """Where the descent's state goes next."""
+        return self.descent.ahead(z, fz)
 
     def init(self, state: AugmentedState, max_steps: int) -> PolishedMemory:
         """Memory of both phases."""

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jdeq import _tree
 from jdeq.equilibrium import Controls
-from jdeq.iterate import Report, iterate
+from jdeq.iterate import Report, iterate, step_limit
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
-from jdeq.joint.method import Context, JointMethod
+from jdeq.joint.method import Context, JointMethod, LooksAhead
 from jdeq.joint.problem import PureProblem, Theta
 from jdeq.solution import Solution
 
@@ -46,6 +47,19 @@ class Given(NamedTuple):
     rest: tuple
 
 
+class _Memory(NamedTuple):
+    """What the joint iteration remembers.
+
+    Attributes:
+        method: the method's memory.
+        confirm: whether the last evaluation was ahead of its iterate and within tolerance, so that
+            x is held and the next one is exact, bool ``[B]``.
+    """
+
+    method: PyTree
+    confirm: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class JointRun:
     """How the KKT point of a pure problem is found.
@@ -66,31 +80,47 @@ class JointRun:
         """Iterates the augmented map from ``start`` until every problem meets the KKT tolerance."""
         project = projection(self.pure, given)
         start = start._replace(x=project(start.x))
+        first_objective = self.pure.objective(
+            given.theta, start.z, start.x, given.target, given.rest
+        )
+        ahead = self.method.ahead if isinstance(self.method, LooksAhead) else None
+        limit = step_limit(self.max_steps, controls.budget)
 
-        def step(state: AugmentedState, memory: PyTree, k: Array):
-            method_memory, first_objective = memory
-            evaluation = augmented.evaluate(self.pure, given.theta, given.target, given.rest, state)
-            first_objective = jnp.where(k == 0, evaluation.objective, first_objective)
+        def step(state: AugmentedState, memory: _Memory, k: Array):
+            place = (self.pure, given.theta, given.target, given.rest, state)
+            if ahead is None:
+                exact = jnp.ones_like(memory.confirm)
+                evaluation = augmented.evaluate(*place)
+            else:
+                # The first adjoint is the caller's, unless it is zero; the last is the best's.
+                complete = (k == 0) & (_tree.norm(state.mu) > 0) | (k == limit - 1)
+                exact = memory.confirm | complete
+                state, evaluation = augmented.evaluate_ahead(*place, ahead, exact, complete)
             residual = augmented.kkt_residual(
                 self.pure, given.theta, given.rest, state, evaluation, first_objective
             )
+            met = augmented.meets_tolerance(residual, evaluation, controls)
             constrained = self.pure.project is not None
             context = Context(k, self.max_steps, first_objective, project, constrained)
             new_state, method_memory = self.method.step(
-                state, evaluation, residual, method_memory, context
+                state, evaluation, residual, memory.method, context
             )
+            confirm = met & ~exact
+            if ahead is not None:
+                new_state = new_state._replace(x=_tree.select(confirm, state.x, new_state.x))
+                method_memory = _tree.select(confirm, memory.method, method_memory)
             report = Report(
                 residual=residual,
-                converged=augmented.meets_tolerance(residual, evaluation, controls),
+                converged=met & exact,
                 merit=evaluation.objective,
                 guard=augmented.guard(residual, evaluation, controls),
                 size=augmented.size(residual, evaluation),
+                refined=state,
             )
-            return new_state, (method_memory, first_objective), report
+            return new_state, _Memory(method_memory, confirm), report
 
-        memory = (
-            self.method.init(start, self.max_steps),
-            objective_zeros(self.pure, given, start),
+        memory = _Memory(
+            self.method.init(start, self.max_steps), jnp.zeros_like(first_objective, bool)
         )
         solution, final = iterate(
             step,
@@ -101,6 +131,7 @@ class JointRun:
             record=self.record,
             # A decaying schedule makes its progress at the end; waiting for it is no stagnation.
             detect_stagnation=False,
+            measure_best_last=ahead is not None,
         )
         return dataclasses.replace(solution, aux=JointAux(final.merit))
 

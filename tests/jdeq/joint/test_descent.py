@@ -12,23 +12,86 @@ from jdeq.solution import Result
 from tests.jdeq import problems
 
 
-def test_takes_the_published_steps():
-    """Equations 9 to 11 of Gurumurthy et al. (2021), replayed by hand on a linear problem."""
+def test_takes_steps_from_the_newest_state_and_adjoint():
+    """The formulas of the docstring, replayed by hand on a linear problem."""
     o = problems.optimum("box")
     method = Descent(optax.sgd(0.1), state_relaxation=0.8, adjoint_relaxation=0.6)
     s = jdeq.joint_solve(
-        *o.arguments, method=method, max_steps=10, rtol=1e-13, history=lambda state: state
+        *o.arguments, method=method, max_steps=11, rtol=1e-13, history=lambda state: state
     )
     W, U, t = (np.asarray(v) for v in (o.params["W"], o.params["U"], o.target))
-    z, x, mu = (np.asarray(v) for v in (o.z0, o.x0, o.z0))
+    z, x, pulled = (np.asarray(v) for v in (o.z0, o.x0, o.z0))
     for k in range(10):
+        ahead = z + 0.8 * (z @ W.T + x @ U.T - z)
+        mu = pulled + ahead - t
         np.testing.assert_allclose(s.history.record.z[k], z, atol=1e-12)
         np.testing.assert_allclose(s.history.record.x[k], x, atol=1e-12)
         np.testing.assert_allclose(s.history.record.mu[k], mu, atol=1e-12)
         g = mu @ U + problems.WEIGHT * x
-        adjoint, f = mu @ W + z - t, z @ W.T + x @ U.T
-        z, mu = z + 0.8 * (f - z), mu + 0.6 * (adjoint - mu)
+        z, pulled = ahead, pulled + 0.6 * (mu @ W - pulled)
         x = np.clip(x - 0.1 * g, -0.2, 0.3)
+
+
+def test_without_feedback_x_takes_the_steps_of_exact_gradients():
+    """A cell that ignores z is an explicit network: nothing is left to lag behind x."""
+    o = problems.optimum()
+
+    def explicit(params, z, x):
+        return jnp.tanh(x @ params["U"].T)
+
+    problem = jdeq.InputProblem(explicit, problems.quadratic)
+    optimizer = optax.adam(0.1)
+    s = jdeq.joint_solve(
+        problem, o.params, o.target, o.x0, o.z0, method=Descent(optimizer), max_steps=20,
+        rtol=0.0, atol=0.0, history=lambda state: state.x,
+    )  # fmt: skip
+
+    def loss(x):
+        return jnp.sum(problems.quadratic(o.params, explicit(o.params, None, x), x, o.target))
+
+    x, memory = o.x0, optimizer.init(o.x0)
+    for k in range(19):
+        np.testing.assert_allclose(s.history.record[k], x, atol=1e-12)
+        updates, memory = optimizer.update(jax.grad(loss)(x), memory)
+        x = optax.apply_updates(x, updates)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("steps", [1, 7, 400])
+def test_what_is_reported_is_measured_at_what_is_returned(steps, warm):
+    """Residuals and objective, of a converged solve and of one cut short."""
+    o = problems.optimum("box")
+    mu0 = jnp.cos(jnp.arange(o.z0.size, dtype=o.z0.dtype)).reshape(o.z0.shape) if warm else None
+    s = jdeq.joint_solve(
+        *o.arguments, method=Descent(optax.sgd(0.1)), max_steps=steps, rtol=1e-6, mu0=mu0
+    )
+    assert np.all(s.result == (Result.converged if steps == 400 else Result.max_steps))
+    z, x, mu = s.value
+    _, pull_back = jax.vjp(lambda z, x: problems.linear_cell(o.params, z, x), z, x)
+    objective, slopes = jax.vjp(lambda z, x: problems.quadratic(o.params, z, x, o.target), z, x)
+    (jz, jx), (lz, lx) = pull_back(mu), slopes(jnp.ones_like(objective))
+    start = problems.quadratic(o.params, o.z0, o.x0, o.target)
+    size = 1 + jnp.linalg.norm(x, axis=1)
+    scale = size**2 / (jnp.abs(start) + jnp.abs(objective))
+    moved = jnp.clip(x - scale[:, None] * (jx + lx), -0.2, 0.3)
+    want = jdeq.KKTResidual(
+        jnp.linalg.norm(problems.linear_cell(o.params, z, x) - z, axis=1),
+        jnp.linalg.norm(jz + lz - mu, axis=1),
+        jnp.linalg.norm(moved - x, axis=1) / size,
+    )
+    for got, value in zip(s.residual, want, strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(s.aux.objective, objective, rtol=1e-12)
+
+
+def test_a_solve_that_starts_at_its_solution_takes_one_step():
+    o = problems.optimum("box")
+    found = jdeq.joint_solve(*o.arguments, rtol=1e-8, max_steps=1000).value
+    s = jdeq.joint_solve(
+        o.problem, o.params, o.target, found.x, found.z, mu0=found.mu, method=Descent(), rtol=1e-7
+    )
+    assert np.all(s.result == Result.converged)
+    assert np.all(s.steps == 1)
 
 
 OPTIMISERS = {
@@ -107,9 +170,9 @@ def test_the_default_schedule_spans_max_steps(steps):
         history=lambda state: state.x,
     )
     moved = -np.diff(s.history.record[:, 0, 0])
-    k = np.arange(steps - 1)
+    k = np.arange(steps - 2)  # the last step only measures
     decay = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * k / steps))
-    np.testing.assert_allclose(moved, size * decay, rtol=1e-6)
+    np.testing.assert_allclose(moved[:-1], size * decay, rtol=1e-6)
 
 
 def test_a_bare_optimiser_sees_gradients_of_each_problems_own_loss():
