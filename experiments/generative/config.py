@@ -19,6 +19,7 @@ class Config:
         generator: `dense`, one fully connected state; `multiscale`, convolutional branches.
         hidden: Width of the dense generator's state.
         decoder_hidden: Width of its decoder's hidden layer.
+        contraction: Bound on the spectral norm of the dense cell's recurrent kernel.
         channels: Channels of the multiscale generator's branches, finest first.
         latent_dim: Dimension of the latent code x.
         steps: Training steps.
@@ -52,22 +53,23 @@ class Config:
     steps: int
     hidden: int = 512
     decoder_hidden: int = 512
+    contraction: float = 0.95
     channels: tuple[int, ...] = ()
     batch_size: int = 64
     learning_rate: float = 1e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 1.0
     gradient_clip: float = 10.0
-    jacobian_weight: float = 50.0
+    jacobian_weight: float = 0.0
     jacobian_probes: int = 1
     latent_penalty: float = 1e-3
-    inner_steps: int = 60
+    inner_steps: int = 40
     inner_step_size: float = 0.3
     evaluation_steps: int = 300
     evaluation_batch: int = 256
     mixture_components: int = 20
     mixture_images: int = 4096
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (40, 60, 80)
+    speed_joint_steps: tuple[int, ...] = (30, 40, 60)
     speed_joint_rates: tuple[float, ...] = (0.2, 0.3, 0.5)
     speed_nested_steps: tuple[int, ...] = (20, 40, 80)
     speed_nested_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
@@ -80,8 +82,7 @@ _DIGITS = Config(
     image_size=None,
     generator="dense",
     latent_dim=16,
-    steps=2500,
-    weight_decay=1.0,
+    steps=2000,
 )
 
 PRESETS = {
@@ -111,10 +112,9 @@ PRESETS = {
         image_size=None,
         generator="dense",
         latent_dim=32,
-        steps=5000,
-        jacobian_weight=750.0,
+        steps=6000,
+        contraction=0.9,
         latent_penalty=1e-2,
-        inner_steps=40,
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset faces
@@ -126,6 +126,7 @@ PRESETS = {
         steps=1000,
         channels=(8, 16, 32),
         batch_size=16,
+        weight_decay=0.1,
         jacobian_weight=500.0,
         inner_steps=30,
         evaluation_steps=120,
@@ -148,6 +149,7 @@ PRESETS = {
         steps=2000,
         channels=(8, 16, 32),
         batch_size=32,
+        weight_decay=0.1,
         jacobian_weight=1000.0,
         inner_steps=30,
         evaluation_steps=120,

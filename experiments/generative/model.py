@@ -12,11 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jdeq.nn import Conv, GroupNorm, MultiscaleCell, bilinear_upsample, conv2d
+from jdeq.nn import (
+    Conv,
+    GroupNorm,
+    MultiscaleCell,
+    bilinear_upsample,
+    conv2d,
+    limit_spectral_norm,
+)
 from jdeq.nn.conv import Precision
 from jdeq.nn.multiscale import State
 
-_SMALL = nnx.initializers.variance_scaling(0.1, "fan_in", "normal")
 _USUAL = nnx.initializers.lecun_normal()
 
 _DARKEST = 0.02
@@ -36,8 +42,9 @@ class DenseGenerator(nnx.Module):
 
         z* = tanh(W z* + U x + b),   image = sigmoid(V2 relu(V1 z* + c1) + c2)
 
-    W starts small, so that the cell is a contraction before training; tanh bounds the state, so
-    that an equilibrium always exists.
+    `contract`, to be called after every step on the parameters, keeps the spectral norm of W below
+    `contraction`, so that the cell stays a contraction and has one equilibrium, which every solve
+    finds.
 
     Attributes:
         latent_dim: dimension of x.
@@ -51,6 +58,7 @@ class DenseGenerator(nnx.Module):
         latent_dim: int,
         hidden: int,
         decoder_hidden: int,
+        contraction: float,
         rngs: nnx.Rngs,
         mean_image: Array | None = None,
     ):
@@ -61,6 +69,7 @@ class DenseGenerator(nnx.Module):
             latent_dim: dimension of the latent code, at least 1.
             hidden: width of the state, at least 1.
             decoder_hidden: width of the decoder's hidden layer, at least 1.
+            contraction: bound on the spectral norm of W, in (0, 1).
             rngs: source of the parameters' keys.
             mean_image: what to decode at first, ``image_shape`` in [0, 1]; None is mid-grey.
                 Backgrounds are far from grey, and Adam takes thousands of steps to move a bias
@@ -69,11 +78,12 @@ class DenseGenerator(nnx.Module):
         self.image_shape = image_shape
         self.latent_dim = latent_dim
         self.hidden = hidden
+        self.contraction = contraction
         # A bias of zero would start x at z = 0, where the decoder's ReLUs have no slope.
         self.recurrent = nnx.Linear(
             hidden,
             hidden,
-            kernel_init=_SMALL,
+            kernel_init=_USUAL,
             bias_init=nnx.initializers.normal(0.1),
             rngs=rngs,
         )
@@ -88,6 +98,12 @@ class DenseGenerator(nnx.Module):
             bias_init=_starting_at(mean_image),
             rngs=rngs,
         )
+        self.contract()
+
+    def contract(self) -> None:
+        """Scales W down to the bound on its norm."""
+        kernel = self.recurrent.kernel
+        kernel[...] = limit_spectral_norm(kernel[...], self.contraction)
 
     def cell(self, z: Array, x: Array) -> Array:
         """One step towards equilibrium.
@@ -173,6 +189,9 @@ class MultiscaleGenerator(nnx.Module):
             for linear, branch in zip(self.injections, z, strict=True)
         ]
         return self.multiscale(z, parts)
+
+    def contract(self) -> None:
+        """Nothing: the Jacobian penalty keeps this cell near a contraction."""
 
     def decode(self, z: State) -> Array:
         """Images `[B, H, W, C]` in [0, 1] of states."""

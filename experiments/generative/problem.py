@@ -38,6 +38,12 @@ class Generator:
         """The images of equilibria: [B, H, W, C] in [0, 1]."""
         return nnx.merge(self.graph, params).decode(z)
 
+    def contract(self, params: PyTree) -> PyTree:
+        """The parameters of the nearest network whose cell is as contractive as it has to be."""
+        model = nnx.merge(self.graph, params)
+        model.contract()
+        return nnx.state(model)
+
     def images(self, params: PyTree, x: Array) -> Array:
         """What the generator makes of latents at their equilibria: [B, H, W, C] in [0, 1]."""
         return _images(self, params, x)
@@ -70,6 +76,7 @@ def build_generator(
             latent_dim=config.latent_dim,
             hidden=config.hidden,
             decoder_hidden=config.decoder_hidden,
+            contraction=config.contraction,
             rngs=rngs,
             mean_image=mean_image,
         )

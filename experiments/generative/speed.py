@@ -74,4 +74,4 @@ def nested_candidates(config: Config) -> list[Candidate]:
 
 def _cosine_adam(steps: int) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(1.0, steps, 0.02)
-    return optax.adam(schedule, b1=0.8, b2=0.95, eps=1e-20)
+    return optax.adam(schedule, b1=0.5, b2=0.9, eps=1e-20)

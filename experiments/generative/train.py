@@ -56,7 +56,8 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
         )
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
-        return TrainState(optax.apply_updates(state.params, updates), memory, key), metrics
+        params = generator.contract(optax.apply_updates(state.params, updates))
+        return TrainState(params, memory, key), metrics
 
     fit(
         update,

@@ -1,5 +1,6 @@
 """Flax NNX modules for equilibrium cells: fast in loops, differentiable to any order."""
 
+from jdeq.nn.contraction import limit_spectral_norm, spectral_norm
 from jdeq.nn.conv import Conv, conv2d, fold_weight_norm
 from jdeq.nn.dropout import apply_mask, variational_masks
 from jdeq.nn.layer import DEQ
@@ -17,6 +18,8 @@ __all__ = [
     "conv2d",
     "fold_weight_norm",
     "group_norm",
+    "limit_spectral_norm",
     "nearest_upsample",
+    "spectral_norm",
     "variational_masks",
 ]
