@@ -68,9 +68,6 @@ def solve(generator: Generator, params: PyTree, targets: jax.Array, config: Conf
         targets,
         x0,
         z0,
-        method=jdeq.joint.Polished(
-            descent=jdeq.joint.Descent(step_size=config.inner_step_size), descent_share=0.6
-        ),
         max_steps=config.evaluation_steps,
         history=True,
     )

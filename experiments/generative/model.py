@@ -40,11 +40,12 @@ def _starting_at(mean_image: Array | None) -> Callable[..., Array]:
 class DenseGenerator(nnx.Module):
     """A fully connected equilibrium with a two-layer decoder.
 
-        z* = tanh(W z* + U x + b),   image = sigmoid(V2 relu(V1 z* + c1) + c2)
+        z* = tanh(W z* + U x + b),   image = sigmoid(V2 silu(V1 z* + c1) + c2)
 
     `contract`, to be called after every step on the parameters, keeps the spectral norm of W below
     `contraction`, so that the cell stays a contraction and has one equilibrium, which every solve
-    finds.
+    finds. The decoder is smooth: behind a ReLU the gradient in x has kinks, on which no solve
+    meets a tight tolerance.
 
     Attributes:
         latent_dim: dimension of x.
@@ -79,14 +80,7 @@ class DenseGenerator(nnx.Module):
         self.latent_dim = latent_dim
         self.hidden = hidden
         self.contraction = contraction
-        # A bias of zero would start x at z = 0, where the decoder's ReLUs have no slope.
-        self.recurrent = nnx.Linear(
-            hidden,
-            hidden,
-            kernel_init=_USUAL,
-            bias_init=nnx.initializers.normal(0.1),
-            rngs=rngs,
-        )
+        self.recurrent = nnx.Linear(hidden, hidden, kernel_init=_USUAL, rngs=rngs)
         self.injection = nnx.Linear(
             latent_dim, hidden, use_bias=False, kernel_init=_USUAL, rngs=rngs
         )
@@ -119,7 +113,7 @@ class DenseGenerator(nnx.Module):
 
     def decode(self, z: Array) -> Array:
         """Images ``[B, H, W, C]`` in [0, 1] of states ``[B, hidden]``."""
-        pixels = jax.nn.sigmoid(self.pixels(jax.nn.relu(self.features(z))))
+        pixels = jax.nn.sigmoid(self.pixels(jax.nn.silu(self.features(z))))
         return pixels.reshape(-1, *self.image_shape)
 
     def initial_state(self, batch: int) -> Array:

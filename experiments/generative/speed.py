@@ -23,7 +23,7 @@ from experiments.generative.problem import Generator
 
 PyTree = Any
 
-_VALIDATION = 64  # training images that the methods are tuned on
+_VALIDATION = 128  # training images that the methods are tuned on
 _PUBLISHED_STEPS = 50
 _PUBLISHED_RATE = 1.0
 
