@@ -2,6 +2,7 @@
 
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
+from jdeq.solvers.broyden import Broyden
 from jdeq.solvers.picard import Picard
 
-__all__ = ["Anderson", "Picard", "Solver"]
+__all__ = ["Anderson", "Broyden", "Picard", "Solver"]

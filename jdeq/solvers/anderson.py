@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jdeq import _options, _tree
+from jdeq import _options, _tree, _windows
 
 PyTree = Any
 
@@ -76,11 +74,7 @@ class Anderson:
 
     def init(self, z: PyTree) -> AndersonMemory:
         """Empty windows for iterates like ``z``."""
-
-        def window(leaf: Array) -> Array:
-            return jnp.zeros((leaf.shape[0], self.window, *leaf.shape[1:]), leaf.dtype)
-
-        windows = jax.tree.map(window, z)
+        windows = _windows.empty(z, self.window)
         leaves = jax.tree.leaves(z)
         dtype = _tree.accumulation_dtype(jnp.result_type(*leaves))
         gram = jnp.zeros((leaves[0].shape[0], self.window, self.window), dtype)
@@ -98,12 +92,12 @@ class Anderson:
         new_dg = jax.tree.map(lambda a, b: (a - b) * has_last.astype(a.dtype), g, memory.last_g)
         new_dy = jax.tree.map(lambda a, b: (a - b) * has_last.astype(a.dtype), y, memory.last_y)
         slot = jnp.mod(k - 1, self.window)
-        dg = _write_slot(memory.dg, new_dg, slot)
-        dy = _write_slot(memory.dy, new_dy, slot)
+        dg = _windows.write(memory.dg, new_dg, slot)
+        dy = _windows.write(memory.dy, new_dy, slot)
 
         gram, rhs = self._products(memory.gram, dg, dy, new_dg, new_dy, g, slot)
         gamma = self._solve(gram, rhs)
-        z_next = jax.tree.map(lambda a, window: a - _combine(window, gamma), y, dy)
+        z_next = _tree.subtract(y, _windows.combine(dy, gamma))
         return z_next, AndersonMemory(g, y, dg, dy, gram)
 
     def forget(self, memory: AndersonMemory, problems: Array) -> AndersonMemory:
@@ -130,15 +124,15 @@ class Anderson:
     ) -> tuple[Array, Array]:
         """The products with the newest difference replaced, and the right-hand side."""
         if self.kind == "II":
-            row, rhs = _window_products(dg, [new_dg, g])
+            row, rhs = _windows.products(dg, [new_dg, g])
             gram = lax.dynamic_update_index_in_dim(gram, row, slot, 1)
             return lax.dynamic_update_index_in_dim(gram, row, slot, 2), rhs
         # dz = dy - mixing dg, so its products need no third window.
         new_dz = jax.tree.map(
             lambda a, b: a - jnp.asarray(self.mixing, a.dtype) * b, new_dy, new_dg
         )
-        dg_dot_dz, dg_dot_dg, dg_dot_g = _window_products(dg, [new_dz, new_dg, g])
-        dy_dot_dg, dy_dot_g = _window_products(dy, [new_dg, g])
+        dg_dot_dz, dg_dot_dg, dg_dot_g = _windows.products(dg, [new_dz, new_dg, g])
+        dy_dot_dg, dy_dot_g = _windows.products(dy, [new_dg, g])
         column = dy_dot_dg - self.mixing * dg_dot_dg
         gram = lax.dynamic_update_index_in_dim(gram, dg_dot_dz, slot, 1)
         gram = lax.dynamic_update_index_in_dim(gram, column, slot, 2)
@@ -159,39 +153,3 @@ class Anderson:
         gamma = jnp.linalg.solve(scaled, (rhs * unit)[:, :, None])[:, :, 0] * unit
         finite = jnp.all(jnp.isfinite(gamma), axis=1, keepdims=True)
         return jnp.where(finite, gamma, 0)
-
-
-def _write_slot(windows: PyTree, new: PyTree, slot: Array) -> PyTree:
-    return jax.tree.map(
-        lambda window, leaf: lax.dynamic_update_index_in_dim(window, leaf, slot, 1), windows, new
-    )
-
-
-def _window_products(windows: PyTree, vectors: list[PyTree]) -> tuple[Array, ...]:
-    """For each vector its products with every slot of the windows, ``[B, window]`` each."""
-
-    def leaf(window: Array, *parts: Array) -> Array:
-        dtype = _tree.accumulation_dtype(window.dtype)
-        shape = (*window.shape[:2], math.prod(window.shape[2:]))
-        stacked = jnp.stack([p.reshape(shape[0], shape[2]) for p in parts], axis=1)
-        return jnp.einsum(
-            "bmn,bvn->vbm",
-            window.reshape(shape),
-            stacked,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-        )
-
-    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, windows, *vectors))
-    total: Array = functools.reduce(jnp.add, parts)
-    return tuple(total)
-
-
-def _combine(window: Array, gamma: Array) -> Array:
-    """``sum_j gamma[:, j] window[:, j]``."""
-    return jnp.einsum(
-        "bm,bmn->bn",
-        gamma.astype(window.dtype),
-        window.reshape(*window.shape[:2], math.prod(window.shape[2:])),
-        precision=lax.Precision.HIGHEST,
-    ).reshape(window.shape[0], *window.shape[2:])

@@ -9,7 +9,7 @@ import pytest
 
 import jdeq
 from jdeq.solution import Result
-from jdeq.solvers import Anderson, Picard, Solver
+from jdeq.solvers import Anderson, Broyden, Picard, Solver
 from tests.jdeq import problems
 
 SOLVERS = {
@@ -18,8 +18,10 @@ SOLVERS = {
     "anderson": Anderson(),
     "one": Anderson(kind="I"),
     "mixed": Anderson(window=2, mixing=0.6, regularization=1e-6),
+    "good": Broyden(),
+    "bad": Broyden(window=8, kind="bad", mixing=0.7),
 }
-SOME = ["damped", "anderson", "one"]
+SOME = ["damped", "anderson", "one", "good"]
 
 
 def norms(tree) -> np.ndarray:

@@ -1,0 +1,116 @@
+"""Broyden's methods with limited memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jdeq import _options, _tree, _windows
+
+PyTree = Any
+
+
+class BroydenMemory(NamedTuple):
+    """The inverse Jacobian of ``g``, ``H = -mixing I + sum_j left_j right_j^T``, and the last step.
+
+    Attributes:
+        last_z: previous iterate.
+        last_g: residual there, like z.
+        left: every leaf ``[B, window, ...]``.
+        right: every leaf ``[B, window, ...]``.
+    """
+
+    last_z: PyTree
+    last_g: PyTree
+    left: PyTree
+    right: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Broyden:
+    """Broyden's quasi-Newton methods on ``g(z) = f(z) - z`` (Broyden 1965).
+
+    With ``s = z_k - z_{k-1}``, ``y = g_k - g_{k-1}``, and ``H`` the estimate of the inverse of
+    ``dg/dz`` that starts from ``-mixing I``,
+
+        H <- H + (s - H y) v^T / (v^T y),     z_{k+1} = z_k - damping H g_k
+
+    where the good method has ``v = H^T s``, the least change of the Jacobian's estimate in the
+    Frobenius norm, and the bad method ``v = y``, the least change of its inverse's. Updates are
+    kept as vectors, leaf by leaf, and dropped all together once ``window`` of them are there. An
+    update whose denominator vanishes is left out.
+
+    Attributes:
+        window: number of updates kept, at least 1.
+        kind: ``"good"`` or ``"bad"``, as textbooks name them.
+        mixing: first step along the residual, in (0, 1].
+        damping: fraction of the quasi-Newton step that is taken, in (0, 1].
+
+    Raises:
+        ValueError: if an option is outside its range.
+    """
+
+    window: int = 20
+    kind: Literal["good", "bad"] = "good"
+    mixing: float = 1.0
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        _options.check_count("Broyden", "window", self.window)
+        _options.check_choice("Broyden", "kind", self.kind, ("good", "bad"))
+        _options.check_fraction("Broyden", "mixing", self.mixing)
+        _options.check_fraction("Broyden", "damping", self.damping)
+
+    def init(self, z: PyTree) -> BroydenMemory:
+        """No updates yet, for iterates like ``z``."""
+        windows = _windows.empty(z, self.window)
+        zeros = _tree.zeros_like(z)
+        return BroydenMemory(zeros, zeros, windows, windows)
+
+    def step(
+        self, z: PyTree, fz: PyTree, memory: BroydenMemory, k: Array
+    ) -> tuple[PyTree, BroydenMemory]:
+        """One quasi-Newton step; the first one is the mixed Picard step."""
+        g = _tree.subtract(fz, z)
+        s = _tree.subtract(z, memory.last_z)
+        y = _tree.subtract(g, memory.last_g)
+        # Step k = 1 writes slot 0. Slots from `slot` on belong to an estimate that was dropped.
+        slot = jnp.mod(k - 1, self.window)
+        kept = jnp.arange(self.window) < jnp.where(k > 0, slot, 0)
+
+        right_y, right_g = _windows.products(memory.right, [y, g])
+        h_y = self._estimate(memory.left, kept * right_y, y)
+        h_g = self._estimate(memory.left, kept * right_g, g)
+        v = y
+        if self.kind == "good":
+            (left_s,) = _windows.products(memory.left, [s])
+            v = self._estimate(memory.right, kept * left_s, s)
+        u, v = _update(_tree.subtract(s, h_y), v, y, k > 0)
+
+        direction = _tree.add(h_g, _tree.scale(_tree.dot(v, g), u))
+        direction = _tree.select(jnp.isfinite(_tree.norm(direction)), direction, h_g)
+        z_next = jax.tree.map(lambda a, d: a - jnp.asarray(self.damping, a.dtype) * d, z, direction)
+        left = _windows.write(memory.left, u, slot)
+        return z_next, BroydenMemory(z, g, left, _windows.write(memory.right, v, slot))
+
+    def _estimate(self, window: PyTree, weights: Array, w: PyTree) -> PyTree:
+        """``-mixing w + sum_j weights_j window_j``: the estimate, or its transpose, times ``w``."""
+        return jax.tree.map(
+            lambda a, b: a - jnp.asarray(self.mixing, b.dtype) * b,
+            _windows.combine(window, weights),
+            w,
+        )
+
+
+def _update(error: PyTree, v: PyTree, y: PyTree, wanted: Array) -> tuple[PyTree, PyTree]:
+    """The vectors of one update, ``error / (v^T y)`` and ``v``; zeros where there can be none."""
+    denominator = _tree.dot(v, y)
+    smallest = jnp.finfo(denominator.dtype).eps * _tree.norm(v) * _tree.norm(y)
+    usable = wanted & (jnp.abs(denominator) > smallest) & jnp.isfinite(_tree.norm(error))
+    factor = jnp.where(usable, 1 / jnp.where(usable, denominator, 1), 0)
+    zeros = _tree.zeros_like(v)
+    return _tree.select(usable, _tree.scale(factor, error), zeros), _tree.select(usable, v, zeros)
