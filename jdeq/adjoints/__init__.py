@@ -2,6 +2,17 @@
 
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
+from jdeq.adjoints.implicit_forward import ImplicitForward
+from jdeq.adjoints.phantom import JacobianFree, Phantom
 from jdeq.adjoints.state_implicit import StateImplicit
+from jdeq.adjoints.unrolled import Unrolled
 
-__all__ = ["Adjoint", "Implicit", "StateImplicit"]
+__all__ = [
+    "Adjoint",
+    "Implicit",
+    "ImplicitForward",
+    "JacobianFree",
+    "Phantom",
+    "StateImplicit",
+    "Unrolled",
+]

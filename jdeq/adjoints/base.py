@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jdeq import _tree
@@ -83,6 +84,13 @@ def mask_shared(all_bad: Array, tree: PyTree) -> PyTree:
         ),
         tree,
     )
+
+
+def zero_tangent(leaf: Array) -> Any:
+    """The zero tangent of an array, of dtype float0 where that is not of a floating dtype."""
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
 def probe_cotangent(probe: Array | None, backward: Solution) -> Array | None:

@@ -1,0 +1,117 @@
+"""Exact derivatives in forward mode, reverse mode, and mixtures of the two."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdeq
+from jdeq.adjoints import ImplicitForward
+from jdeq.solvers import Anderson, Picard
+from tests.jdeq import problems
+
+TIGHT = {"solver": Picard(), "rtol": 1e-13, "atol": 0.0, "max_steps": 1000}
+
+
+def outer(value):
+    return jnp.sum(jnp.sin(value) * (1 + jnp.arange(value.size).reshape(value.shape)))
+
+
+def loss(p, **options):
+    def of(params, x):
+        s = jdeq.deq(p.cell, params, x, p.z0, **{**TIGHT, "adjoint": ImplicitForward(), **options})
+        return outer(s.value)
+
+    return of
+
+
+def test_jacobians_of_a_linear_equilibrium():
+    p = problems.linear()
+
+    def value(x):
+        return jdeq.deq(
+            p.cell, p.params, x[None], p.z0[:1], adjoint=ImplicitForward(), **TIGHT
+        ).value[0]
+
+    want = np.linalg.solve(np.eye(problems.N) - p.params["W"], p.params["U"])
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(jax.jit(jacobian(value))(p.x[0]), want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Picard(0.8), Anderson()])
+def test_jvp_and_grad_agree_with_finite_differences(solver):
+    p = problems.tanh(norm=0.7)
+    f = jax.jit(loss(p, solver=solver))
+    direction = jax.tree.map(jnp.cos, (p.params, p.x))
+    move = lambda t: jax.tree.map(lambda a, d: a + t * d, (p.params, p.x), direction)  # noqa: E731
+    want = problems.central_difference(lambda t: f(*move(t)))
+    _, forward = jax.jvp(f, (p.params, p.x), direction)
+    gradient = jax.grad(f, (0, 1))(p.params, p.x)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    assert abs(forward - want) <= 1e-8 * abs(want)
+    assert abs(sum(jnp.vdot(a, b) for a, b in pairs) - want) <= 1e-8 * abs(want)
+
+
+def test_derivatives_of_all_orders_in_closed_form():
+    p = problems.root()
+
+    def z(x):
+        s = jdeq.deq(
+            p.cell, p.params, jnp.reshape(x, (1, 1)), jnp.ones((1, 1)),
+            adjoint=ImplicitForward(), **TIGHT,
+        )  # fmt: skip
+        return s.value[0, 0]
+
+    x, r = 2.0, 9.0
+    for inner in (jax.jacfwd, jax.jacrev):
+        for outside in (jax.jacfwd, jax.jacrev):
+            np.testing.assert_allclose(jax.jit(outside(inner(z)))(x), -2 * r**-1.5, rtol=1e-9)
+    third = jax.jacfwd(jax.jacfwd(jax.jacrev(z)))
+    np.testing.assert_allclose(jax.jit(third)(x), 12 * r**-2.5, rtol=1e-8)
+
+
+def test_hessian_under_vmap():
+    p = problems.tanh(norm=0.5, batch=1)
+
+    def of(x):
+        return loss(p)(p.params, x)
+
+    hessian = jax.jit(jax.hessian(of))
+    points = jnp.stack([p.x, 2 * p.x])
+    mapped = jax.jit(jax.vmap(jax.hessian(of)))(points)
+    for i in range(2):
+        np.testing.assert_allclose(mapped[i], hessian(points[i]), rtol=1e-8, atol=1e-10)
+    direction = jnp.sin(p.x)
+    gradient = jax.jit(jax.grad(of))
+    want = [
+        problems.central_difference(lambda t, j=j: gradient(p.x + t * direction)[0, j])
+        for j in range(problems.N)
+    ]
+    got = jnp.einsum("ijkl,kl->ij", hessian(p.x), direction)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_failed_problem_contributes_zero():
+    p = problems.conditioned((0.1, 0.5, 0.9))
+    bad = {**p.x, "rate": p.x["rate"].at[1].set(jnp.nan)}
+
+    def of(params, x):
+        s = jdeq.deq(p.cell, params, x, p.z0, adjoint=ImplicitForward(), **TIGHT)
+        return jnp.sum(jnp.where(jnp.isfinite(s.value), s.value, 0))
+
+    _, want = jax.grad(of, (0, 1))(p.params, p.x)
+    params_bar, got = jax.grad(of, (0, 1))(p.params, bad)
+    assert jnp.isfinite(params_bar)
+    for name in got:
+        np.testing.assert_array_equal(got[name][1], 0)
+        np.testing.assert_array_equal(got[name][jnp.array([0, 2])], want[name][jnp.array([0, 2])])
+
+
+def test_a_probe_is_refused():
+    p = problems.linear()
+    with pytest.raises(ValueError, match="only custom_vjp can report"):
+        jdeq.deq(
+            p.cell, p.params, p.x, p.z0, adjoint=ImplicitForward(), backward_probe=jnp.zeros((3, 3))
+        )
