@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import Array
 from jdeq import _tree
 from jdeq.iterate import Report, iterate
 from jdeq.solution import Solution
-from jdeq.solvers.base import Solver
+from jdeq.solvers.base import MapSolver, Solver
 
 PyTree = Any
 
@@ -53,11 +54,19 @@ class Equilibrium:
 
         def step(z: PyTree, memory: PyTree, k: Array) -> tuple[PyTree, PyTree, Report]:
             fz = self.f(theta, inputs, z)
-            z_next, memory = self.solver.step(z, fz, memory, k)
             size = _tree.norm(fz)
             residual = _tree.norm(_tree.subtract(fz, z))
             converged = within_tolerance(residual, size, controls)
-            return z_next, memory, Report(residual, converged, residual, None, size + residual)
+            spent = None
+            if isinstance(self.solver, MapSolver):
+                z_next, memory, products = self.solver.step_with_map(
+                    partial(self.f, theta, inputs), z, fz, memory, ~converged
+                )
+                spent = 1 + products
+            else:
+                z_next, memory = self.solver.step(z, fz, memory, k)
+            report = Report(residual, converged, residual, None, size + residual, spent)
+            return z_next, memory, report
 
         solution, _ = iterate(
             step,

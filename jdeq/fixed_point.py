@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from jdeq import _closures, _options
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
 from jdeq.equilibrium import Controls, Equilibrium
-from jdeq.solution import Solution
+from jdeq.solution import Solution, constant_but_value
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
 
@@ -243,9 +242,4 @@ def _solve(
         f"{name} must return a state like the one it is given: same structure, shapes and dtypes.",
     )
     equilibrium = Equilibrium(f, solver, max_steps, history)
-    return _constant_but_value(adjoint.solve(equilibrium, theta, inputs, z0, controls, probe))
-
-
-def _constant_but_value(solution: Solution) -> Solution:
-    constant = jax.lax.stop_gradient(dataclasses.replace(solution, value=None))
-    return dataclasses.replace(constant, value=solution.value)
+    return constant_but_value(adjoint.solve(equilibrium, theta, inputs, z0, controls, probe))

@@ -110,3 +110,9 @@ class Solution:
     def converged(self) -> Array:
         """Whether each problem met its tolerance, bool ``[B]``."""
         return self.result == Result.converged
+
+
+def constant_but_value(solution: Solution) -> Solution:
+    """Makes everything but ``value`` a constant to autodiff."""
+    constant = jax.lax.stop_gradient(dataclasses.replace(solution, value=None))
+    return dataclasses.replace(constant, value=solution.value)

@@ -3,6 +3,7 @@
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
 from jdeq.adjoints.implicit_forward import ImplicitForward
+from jdeq.adjoints.kkt_implicit import KKTImplicit
 from jdeq.adjoints.phantom import JacobianFree, Phantom
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.adjoints.unrolled import Unrolled
@@ -12,6 +13,7 @@ __all__ = [
     "Implicit",
     "ImplicitForward",
     "JacobianFree",
+    "KKTImplicit",
     "Phantom",
     "StateImplicit",
     "Unrolled",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -39,6 +40,37 @@ class Adjoint(Protocol):
             controls: tolerances and budget.
             probe: zeros ``[B, 3]`` whose cotangent becomes (residual, steps, code) of the backward
                 solve, or None.
+
+        Returns:
+            The solution.
+        """
+        ...
+
+
+@runtime_checkable
+class JointAdjoint(Protocol):
+    """Solves an input problem jointly and says how its solution is differentiated."""
+
+    def solve(
+        self,
+        run: Any,
+        cell: Callable[[PyTree, tuple, PyTree], PyTree],
+        max_steps: int,
+        given: Any,
+        start: Any,
+        controls: Controls,
+        probe: Array | None,
+    ) -> Solution:
+        """Runs a joint solve with this differentiation rule attached to ``Solution.value``.
+
+        Args:
+            run: the ``jdeq.joint.run.JointRun``: ``run(given, start, controls)`` is the solve.
+            cell: ``cell(theta, (x, *rest), z) -> z``.
+            max_steps: the joint solve's step limit.
+            given: theta, target and rest, see ``jdeq.joint.run.Given``.
+            start: the first augmented state; its gradient is zero.
+            controls: tolerances and budget.
+            probe: zeros ``[B, 3]`` whose cotangent is the outcome of the backward solve, or None.
 
         Returns:
             The solution.

@@ -53,28 +53,15 @@ class StateImplicit:
 
     def solve(
         self,
-        run: Callable[[Any, Any, Controls], Solution],
-        cell: Callable[[Any, tuple, PyTree], PyTree],
+        run: Any,
+        cell: Callable[[PyTree, tuple, PyTree], PyTree],
         max_steps: int,
         given: Any,
         start: Any,
         controls: Controls,
         probe: Array | None,
     ) -> Solution:
-        """Runs a joint solve with this rule attached to ``z*``.
-
-        Args:
-            run: ``run(given, start, controls)``, the solve.
-            cell: ``cell(theta, (x, *rest), z) -> z``.
-            max_steps: the joint solve's step limit.
-            given: theta, target and rest, see ``jdeq.joint.run.Given``.
-            start: the first augmented state; its gradient is zero.
-            controls: tolerances and budget.
-            probe: zeros ``[B, 3]`` whose cotangent is the outcome of the backward solve, or None.
-
-        Returns:
-            The solution.
-        """
+        """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
         equilibrium = Equilibrium(cell, self.solver or Anderson(), self.max_steps or max_steps)
         implicit = Implicit(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 

@@ -21,8 +21,8 @@ from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.descent import check_optimizer
 from jdeq.joint.problem import InputProblem, PureProblem, purify
 from jdeq.joint.run import Given, JointAux, objective_zeros, projection
-from jdeq.joint.solve import check_arguments, hold_all_but_state
-from jdeq.solution import Solution
+from jdeq.joint.solve import check_arguments
+from jdeq.solution import Solution, constant_but_value
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
 
@@ -167,7 +167,7 @@ def _nested_solve(
     given = Given(theta, target, rest)
     start = jax.lax.stop_gradient(start)
     solution = adjoint.solve(run, pure.cell, max_steps, given, start, controls, None)
-    return hold_all_but_state(solution)
+    return constant_but_value(solution)
 
 
 @dataclasses.dataclass(frozen=True)

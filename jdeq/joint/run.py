@@ -47,6 +47,18 @@ class Given(NamedTuple):
     rest: tuple
 
 
+class Units(NamedTuple):
+    """Scales of a problem, constants to autodiff.
+
+    Attributes:
+        objective: ``|l at the start| + |l|``, or 1 where that is zero, ``[B]``.
+        size: ``1 + ||x||``, ``[B]``.
+    """
+
+    objective: Array
+    size: Array
+
+
 class _Memory(NamedTuple):
     """What the joint iteration remembers.
 
@@ -134,6 +146,42 @@ class JointRun:
             measure_best_last=ahead is not None,
         )
         return dataclasses.replace(solution, aux=JointAux(final.merit))
+
+    def units(self, given: Given, start: AugmentedState, solution: Solution) -> Units:
+        """The scales of objective and input at a solution."""
+        at_start, at_end = (
+            self.pure.objective(given.theta, at.z, at.x, given.target, given.rest)
+            for at in (start, solution.value)
+        )
+        scale = jnp.abs(at_start) + jnp.abs(at_end)
+        return Units(jnp.where(scale > 0, scale, 1), 1 + _tree.norm(solution.value.x))
+
+    def augmented_map(
+        self, theta: Theta, inputs: tuple[PyTree, tuple, Units], at: AugmentedState
+    ) -> AugmentedState:
+        """``(f, P(x - size^2 g), (df/dz)^T mu + dl/dz)`` of the objective in its own units.
+
+        Its fixed points are the KKT points of the problem with ``l / objective`` for ``l``, whose
+        adjoint is ``mu / objective``: no block of the map depends on the caller's units.
+
+        Args:
+            theta: what all problems share.
+            inputs: ``(target, rest, units)``, one entry a problem.
+            at: the augmented state.
+
+        Returns:
+            Its image.
+        """
+        target, rest, units = inputs
+        scaled = dataclasses.replace(
+            self.pure,
+            objective=lambda *arguments: self.pure.objective(*arguments) / units.objective,
+        )
+        evaluation = augmented.evaluate(scaled, theta, target, rest, at)
+        x = _tree.subtract(at.x, _tree.scale(units.size**2, evaluation.gradient))
+        if self.pure.project is not None:
+            x = self.pure.project(theta, x, rest)
+        return AugmentedState(evaluation.state, x, evaluation.adjoint)
 
 
 def projection(pure: PureProblem, given: Given) -> Callable[[PyTree], PyTree]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 from jax import Array
 
 from jdeq import _options, _tree
+from jdeq.adjoints.base import JointAdjoint
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.equilibrium import Controls
 from jdeq.joint.augmented import AugmentedState
@@ -18,7 +18,7 @@ from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, purify
 from jdeq.joint.run import Given, JointRun
-from jdeq.solution import Solution
+from jdeq.solution import Solution, constant_but_value
 
 PyTree = Any
 
@@ -33,7 +33,7 @@ def joint_solve(
     data: PyTree = None,
     mu0: PyTree = None,
     method: JointMethod | None = None,
-    adjoint: StateImplicit | None = None,
+    adjoint: JointAdjoint | None = None,
     rtol: float = 1e-3,
     atol: float = 1e-8,
     max_steps: int = 300,
@@ -67,8 +67,9 @@ def joint_solve(
             and projection when given.
         mu0: first adjoint, like ``z0``; None is zero.
         method: ``jdeq.joint.Polished()`` (default), ``Descent(optimizer)`` or ``Accelerated(...)``.
-        adjoint: gradient of ``value.z``; default ``jdeq.adjoints.StateImplicit()``. ``value.x`` and
-            ``value.mu`` are constants to it.
+        adjoint: gradient of the solution: ``jdeq.adjoints.StateImplicit()`` (default), to which
+            ``value.x`` and ``value.mu`` are constants, or ``jdeq.adjoints.KKTImplicit()``, to which
+            they are not.
         rtol: relative tolerance, at least 0; may be traced.
         atol: absolute tolerance, at least 0; may be traced.
         max_steps: limit on the iterations, which decaying schedules span, at least 1.
@@ -91,7 +92,7 @@ def joint_solve(
     adjoint = StateImplicit() if adjoint is None else adjoint
     _options.check_instance("joint_solve", "method", method, JointMethod, "jdeq.joint.Descent()")
     _options.check_instance(
-        "joint_solve", "adjoint", adjoint, StateImplicit, "jdeq.adjoints.StateImplicit()"
+        "joint_solve", "adjoint", adjoint, JointAdjoint, "jdeq.adjoints.StateImplicit()"
     )
     controls = Controls(rtol, atol, step_budget)
     arguments = check_arguments(
@@ -161,7 +162,7 @@ def _joint_solve(
     *,
     problem: InputProblem,
     method: JointMethod,
-    adjoint: StateImplicit,
+    adjoint: JointAdjoint,
     max_steps: int,
     history: bool | Callable[[AugmentedState], PyTree],
 ) -> Solution:
@@ -172,11 +173,4 @@ def _joint_solve(
     given = Given(theta, target, rest)
     start = jax.lax.stop_gradient(start)
     solution = adjoint.solve(run, pure.cell, max_steps, given, start, controls, probe)
-    return hold_all_but_state(solution)
-
-
-def hold_all_but_state(solution: Solution) -> Solution:
-    """Makes everything but ``value.z`` a constant to autodiff."""
-    constant = jax.lax.stop_gradient(solution)
-    value = constant.value._replace(z=solution.value.z)
-    return dataclasses.replace(constant, value=value)
+    return constant_but_value(solution)

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 
 PyTree = Any
+
+
+@runtime_checkable
+class MapSolver(Protocol):
+    """A solver that evaluates or differentiates the map itself, besides being a ``Solver``."""
+
+    def step_with_map(
+        self, f: Callable[[PyTree], PyTree], z: PyTree, fz: PyTree, memory: PyTree, wanted: Array
+    ) -> tuple[PyTree, PyTree, Array]:
+        """Makes the next iterate, like ``Solver.step``.
+
+        Args:
+            f: the map, ``f(z) -> z``.
+            z: the current iterate.
+            fz: the map at ``z``.
+            memory: what ``init`` or the last call returned.
+            wanted: problems that have not converged yet, bool ``[B]``; no work is due for others.
+
+        Returns:
+            The next iterate, the next memory, and the evaluations of the map, or products with its
+            Jacobian, that each problem took besides ``fz``, int32 ``[B]``.
+        """
+        ...
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ import pytest
 
 import jdeq
 from jdeq.solution import Result
-from jdeq.solvers import Anderson, Broyden, Picard, Solver
+from jdeq.solvers import Anderson, Broyden, NewtonKrylov, Picard, Reversible, Solver
 from tests.jdeq import problems
 
 SOLVERS = {
@@ -20,8 +20,11 @@ SOLVERS = {
     "mixed": Anderson(window=2, mixing=0.6, regularization=1e-6),
     "good": Broyden(),
     "bad": Broyden(window=8, kind="bad", mixing=0.7),
+    "reversible": Reversible(0.8),
+    "newton": NewtonKrylov(dimension=6, forcing=1e-3),
 }
 SOME = ["damped", "anderson", "one", "good"]
+NEIGHBOURS = [*SOME, "newton"]
 
 
 def norms(tree) -> np.ndarray:
@@ -69,12 +72,13 @@ def test_one_step_returns_the_start(name):
     z0 = jnp.ones_like(p.z0)
     solution = jdeq.deq(p.cell, p.params, p.x, z0, solver=SOLVERS[name], max_steps=1)
     assert np.all(solution.result == Result.max_steps)
-    assert np.all(solution.steps == 1)
+    # Newton's method counts its Jacobian-vector products, too.
+    assert np.all((solution.steps == 1) | (name == "newton"))
     np.testing.assert_array_equal(solution.value, z0)
     np.testing.assert_allclose(solution.residual, norms(p.cell(p.params, z0, p.x) - z0))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NEIGHBOURS)
 def test_neighbours_change_nothing(name):
     """To the last bit, whether they finish before or after, or are not even numbers."""
     options = {"solver": SOLVERS[name], "rtol": 1e-9, "max_steps": 60}
@@ -89,7 +93,7 @@ def test_neighbours_change_nothing(name):
             )
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_problem_of_a_batch_equals_the_problem_alone(name):
     options = {"solver": SOLVERS[name], "rtol": 1e-9, "atol": 0.0, "max_steps": 300}
     p = problems.tanh(norm=0.7)

@@ -1,0 +1,113 @@
+"""The full gradient of a joint solve: through the equilibrium, the input and the adjoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from jdeq import _tree
+from jdeq.adjoints import base
+from jdeq.adjoints.implicit import Implicit, check_backward_options
+from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.solution import Solution
+from jdeq.solvers.base import Solver
+from jdeq.solvers.newton_krylov import NewtonKrylov
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class KKTImplicit:
+    """Implicit differentiation of the whole KKT point ``s = (z*, x*, mu*)``.
+
+    The point is the fixed point of the augmented map
+
+        F(s) = (f(z, x),  P(x - a g),  (df/dz)^T mu + dl/dz),    g = (df/dx)^T mu + dl/dx
+
+    whatever method found it, with a constant ``a`` and the objective in units of the problem's own
+    scale. For a cotangent
+    ``v`` of ``s`` the gradient is ``w^T dF/dtheta`` with ``w = (dF/ds)^T w + v``: exact where
+    ``StateImplicit`` holds x, and with it the derivative of any outer loss of ``z*`` and ``x*``, as
+    in few-shot learning with a query loss (Gurumurthy et al. 2021, equation 14, which the published
+    code cuts to first order). It takes second derivatives of the cell and the objective, and the
+    derivative of the projection, which must exist: no constraint may be just about to become
+    active. Its error is that of the point, so ask ``joint_solve`` for a tight tolerance.
+
+    Where the Hessian of the reduced objective is singular ``x*`` is not unique and has no
+    derivative; the backward solve then does not converge, which ``backward_probe`` shows.
+
+    Attributes:
+        solver: solver of the equation for w; None is ``NewtonKrylov(dimension=50, forcing=0.01)``,
+            that is restarted GMRES, which needs no contraction.
+        rtol: its tolerance, as a fraction of the cotangent's norm; None is the joint solve's.
+        atol: added to it; None is the joint solve's.
+        max_steps: its step limit; None is the joint solve's, the step budget included.
+
+    Raises:
+        TypeError: if ``solver`` is not a solver.
+        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    """
+
+    solver: Solver | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_backward_options("KKTImplicit", self.solver, self.rtol, self.atol, self.max_steps)
+
+    def solve(
+        self,
+        run: Any,
+        cell: Callable[[PyTree, tuple, PyTree], PyTree],
+        max_steps: int,
+        given: Any,
+        start: Any,
+        controls: Controls,
+        probe: Array | None,
+    ) -> Solution:
+        """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
+        del cell
+        solver = self.solver or NewtonKrylov(dimension=50, forcing=0.01)
+        implicit = Implicit(solver, max_steps=self.max_steps)
+
+        @jax.custom_vjp
+        def solve(given, start, controls, probe):
+            return run(given, start, controls)
+
+        def forward(given, start, controls, probe):
+            solution = solve(given, start, controls, probe)
+            return solution, (given, start, solution, controls, probe)
+
+        def backward(saved, cotangent):
+            given, start, solution, controls, probe = saved
+            units = run.units(given, start, solution)
+            point, v = solution.value, cotangent.value
+            point = point._replace(mu=_tree.scale(1 / units.objective, point.mu))
+            v = v._replace(mu=_tree.scale(units.objective, v.mu))
+            theta_bar, (target_bar, rest_bar, _), adjoint = implicit.pull_back(
+                Equilibrium(run.augmented_map, solver, self.max_steps or max_steps),
+                given.theta,
+                (given.target, given.rest, units),
+                dataclasses.replace(solution, value=point),
+                v,
+                self._controls(controls),
+            )
+            given_bar = type(given)(theta_bar, target_bar, rest_bar)
+            return given_bar, None, None, base.probe_cotangent(probe, adjoint)
+
+        solve.defvjp(forward, backward)
+        return solve(given, start, controls, probe)
+
+    def _controls(self, forward: Controls) -> Controls:
+        """All tolerance in proportion to the cotangent.
+
+        The solution of a singular system is huge, and a residual small beside it means nothing.
+        """
+        rtol = forward.rtol if self.rtol is None else self.rtol
+        atol = forward.atol if self.atol is None else self.atol
+        return Controls(rtol=0.0, atol=rtol + atol, budget=forward.budget)
