@@ -53,7 +53,7 @@ class Config:
     steps: int
     hidden: int = 512
     decoder_hidden: int = 512
-    contraction: float = 0.95
+    contraction: float = 0.9
     channels: tuple[int, ...] = ()
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -113,7 +113,6 @@ PRESETS = {
         generator="dense",
         latent_dim=32,
         steps=6000,
-        contraction=0.9,
         latent_penalty=1e-2,
         checkpoint_every=500,
     ),
