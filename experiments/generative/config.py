@@ -36,8 +36,7 @@ class Config:
         evaluation_batch: Images solved at once in the evaluation.
         mixture_components: Components of the Gaussian mixture on the training latents.
         mixture_images: Training images whose latents the mixture is fitted to, at most.
-        speed_problems: Test images of the speed measurement, at most; as many training images
-            tune the methods.
+        speed_problems: Test images of the speed measurement, at most; others tune the methods.
         speed_joint_steps: Lengths of the joint solve among which its tuning chooses.
         speed_joint_rates: First steps among which it chooses.
         speed_nested_steps: Optimiser steps among which the tuning of the nested method chooses.
@@ -69,7 +68,7 @@ class Config:
     mixture_components: int = 20
     mixture_images: int = 4096
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (30, 40, 60)
+    speed_joint_steps: tuple[int, ...] = (40, 60, 80)
     speed_joint_rates: tuple[float, ...] = (0.2, 0.3, 0.5)
     speed_nested_steps: tuple[int, ...] = (20, 40, 80)
     speed_nested_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
