@@ -104,8 +104,10 @@ PRESETS = {
         log_every=10,
     ),
     # python -m experiments.generative
+    # Two to three minutes on 2 CPU cores: 25.7 dB on the test images, where PCA has 19.4.
     "digits": _DIGITS,
     # python -m experiments.generative --preset mnist
+    # Eight minutes on 2 CPU cores: 25.0 dB on 10,000 test images, where PCA has 17.7.
     "mnist": Config(
         dataset="mnist",
         image_size=None,
@@ -116,6 +118,7 @@ PRESETS = {
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset faces
+    # Not measured yet to the end; XLA compiles its training step for a minute or more on a CPU.
     "faces": Config(
         dataset="faces",
         image_size=(48, 40),
@@ -139,6 +142,7 @@ PRESETS = {
         checkpoint_every=50,
     ),
     # python -m experiments.generative --preset cifar10
+    # Not measured yet to the end.
     "cifar10": Config(
         dataset="cifar10",
         image_size=None,
