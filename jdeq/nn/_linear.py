@@ -56,19 +56,11 @@ def _vary_alike(arrays: Arrays) -> Arrays:
 
 
 def _varying_axes(array: Array) -> frozenset[str]:
-    kind = jax.typeof(array)
-    manual = getattr(kind, "manual_axis_type", None)
-    # The name before jax 0.10.
-    varying = getattr(kind, "vma", None) if manual is None else manual.varying
-    return frozenset() if varying is None else varying
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def _pvary(array: Array, axes: tuple[str, ...]) -> Array:
-    if not axes:
-        return array
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, axes, to="varying")
-    return getattr(jax.lax, "pvary")(array, axes)  # noqa: B009  (its name before jax 0.8)
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def _evaluate(
