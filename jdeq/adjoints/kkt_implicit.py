@@ -31,11 +31,11 @@ class KKTImplicit:
     whatever method found it, with a constant ``a`` and the objective in units of the problem's own
     scale. For a cotangent ``v`` of ``s`` the gradient is ``w^T dF/dtheta`` with
     ``w = (dF/ds)^T w + v``, the implicit function theorem on the joint fixed point (Gurumurthy et
-    al. 2021): exact where ``StateImplicit`` holds x, and with it the derivative of any outer loss of
-    ``z*`` and ``x*``, as in few-shot learning with a query loss. It takes second derivatives of the
-    cell and the objective, and the derivative of the projection, which must exist: no constraint
-    may be just about to become active. Its error is that of the point, so ask ``joint_solve`` for a
-    tight tolerance.
+    al. 2021): exact where ``StateImplicit`` holds x, and with it the derivative of any outer loss
+    of ``z*`` and ``x*``, as in few-shot learning with a query loss. It takes second derivatives of
+    the cell and the objective, and the derivative of the projection, which must exist: no
+    constraint may be just about to become active. Its error is that of the point, so ask
+    ``joint_solve`` for a tight tolerance.
 
     Where the Hessian of the reduced objective is singular ``x*`` is not unique and has no
     derivative; the backward solve then does not converge, which ``backward_probe`` shows.
