@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from jdeq import projections
+from tests.jdeq import problems
 
 B, N = 5, 4
 RADIUS = np.array([0.3, 1.0, 2.0, 0.0, 100.0])
@@ -24,6 +26,18 @@ SETS = {
     "box": (
         lambda x: projections.box(x, -0.5, 1.0),
         lambda x: np.max(np.maximum(x - 1.0, -0.5 - x), axis=1),
+    ),
+    "l2_ball_in_box": (
+        lambda x: projections.l2_ball_in_box(x, jnp.array(RADIUS), -0.5, 1.0),
+        lambda x: np.maximum(
+            np.linalg.norm(x, axis=1) - RADIUS, np.max(np.maximum(x - 1.0, -0.5 - x), axis=1)
+        ),
+    ),
+    "linf_ball_in_box": (
+        lambda x: projections.linf_ball_in_box(x, jnp.array(RADIUS), -0.5, 1.0),
+        lambda x: np.maximum(
+            np.max(np.abs(x), axis=1) - RADIUS, np.max(np.maximum(x - 1.0, -0.5 - x), axis=1)
+        ),
     ),
     "simplex": (
         lambda x: projections.simplex(x, 2.0),
@@ -78,3 +92,127 @@ def test_a_bad_radius_does_not_pass_for_no_constraint():
 def test_keeps_the_dtype(name, dtype):
     """Regression: wider radii widened the input."""
     assert SETS[name][0](jnp.ones((B, N), dtype)).dtype == dtype
+
+
+def perturbations(seed, count, size, spread=1.0):
+    """Perturbations of images that touch 0 and 1, of scales far apart, and their bounds."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, size)) * 10 ** rng.uniform(-spread, spread, size=(count, size))
+    image = np.clip(rng.uniform(-0.3, 1.3, size=(count, size)), 0, 1)
+    radius = np.sqrt(size) * 10 ** rng.uniform(-1.5, 0.2, size=count)
+    return x, radius, -image, 1 - image
+
+
+def bisect(x, radius, lower, upper):
+    """The same point by 200 halvings of the dual, one problem at a time."""
+    point = np.clip(x, lower, upper)
+    if point @ point <= radius**2:
+        return point
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        point = np.clip(middle * x, lower, upper)
+        low, high = (low, middle) if point @ point > radius**2 else (middle, high)
+    return point
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_the_l2_ball_in_a_box_is_what_bisection_finds(spread):
+    given = perturbations(0, 64, 50, spread)
+    want = np.array([bisect(*row) for row in zip(*given, strict=True)])
+    bound = np.linalg.norm(want, axis=1) > (1 - 1e-9) * given[1]
+    assert 10 < np.sum(bound) < 64  # both sides of the ball's constraint
+    p = jax.jit(projections.l2_ball_in_box)(*map(jnp.array, given))
+    np.testing.assert_allclose(p, want, atol=1e-14)
+    assert np.all(np.linalg.norm(p, axis=1) <= given[1] * (1 + 1e-15 * 50))
+    assert np.all((p >= given[2]) & (p <= given[3]))
+    narrow = projections.l2_ball_in_box(*(jnp.array(v, jnp.float32) for v in given))
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, want, atol=2e-6)
+    assert np.all(np.linalg.norm(np.asarray(narrow, float), axis=1) <= given[1] * (1 + 1e-6))
+
+
+def test_the_l2_ball_in_a_box_is_what_a_general_optimiser_finds():
+    for row in zip(*perturbations(1, 4, 6), strict=True):
+        x, radius, lower, upper = row
+        found = minimize(
+            lambda p, x=x: 0.5 * np.sum((p - x) ** 2),
+            np.zeros(6),
+            jac=lambda p, x=x: p - x,
+            bounds=np.stack([lower, upper], axis=1),
+            constraints={"type": "ineq", "fun": lambda p, r=radius: r**2 - p @ p},
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        p = projections.l2_ball_in_box(*(jnp.array(v)[None] for v in row))[0]
+        np.testing.assert_allclose(p, found.x, atol=1e-6)
+
+
+def test_derivatives_of_the_l2_ball_in_a_box():
+    """First against finite differences, second by differentiating both ways; all bounds too."""
+    given = tuple(map(jnp.array, perturbations(2, 8, 6)))
+    rng = np.random.default_rng(0)
+    weight = jnp.array(rng.normal(size=(8, 6)))
+    direction = tuple(jnp.array(rng.normal(size=v.shape)) for v in given)
+
+    def loss(x, radius, lower, upper):
+        return jnp.sum(weight * jnp.sin(projections.l2_ball_in_box(x, radius, lower, upper)))
+
+    @jax.jit
+    def along(t):
+        return loss(*(v + t * d for v, d in zip(given, direction, strict=True)))
+
+    touching = (given[2] == 0) | (given[3] == 0)
+    given = (given[0], given[1], given[2] - 0.1 * touching, given[3] + 0.1 * touching)
+    want = problems.central_difference(along, 1e-5)
+    bars = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*given)
+    assert all(np.any(bar != 0) for bar in bars)
+    got = sum(jnp.vdot(bar, d) for bar, d in zip(bars, direction, strict=True))
+    np.testing.assert_allclose(got, want, rtol=1e-7)
+    np.testing.assert_allclose(jax.jvp(along, (0.0,), (1.0,))[1], want, rtol=1e-7)
+
+    slope = jax.jit(jax.grad(along))
+    np.testing.assert_allclose(
+        jax.grad(slope)(0.0), problems.central_difference(slope, 1e-5), rtol=1e-6
+    )
+
+
+def test_the_l2_ball_in_a_box_under_vmap_and_with_several_leaves():
+    x, radius, lower, upper = map(jnp.array, perturbations(3, 6, 8))
+    want = projections.l2_ball_in_box(x, radius, lower, upper)
+    stacked = (v.reshape(2, 3, *v.shape[1:]) for v in (x, radius, lower, upper))
+    twice = jax.vmap(projections.l2_ball_in_box)(*stacked)
+    np.testing.assert_allclose(twice.reshape(6, 8), want, rtol=1e-14)
+
+    def split(v):
+        return {"a": v[:, :2], "b": v[:, 2:].reshape(6, 3, 2)}
+
+    apart = projections.l2_ball_in_box(split(x), radius, split(lower), split(upper))
+    np.testing.assert_allclose(apart["b"], split(want)["b"], rtol=1e-14)
+    scalar = projections.l2_ball_in_box(split(x), radius, -0.1, 0.2)
+    whole = projections.l2_ball_in_box(x, radius, -0.1, 0.2)
+    np.testing.assert_allclose(scalar["a"], split(whole)["a"], rtol=1e-14)
+    cube = projections.linf_ball_in_box(split(x), radius, split(lower), split(upper))
+    side = radius[:, None]
+    want = jnp.clip(x, jnp.maximum(lower, -side), jnp.minimum(upper, side))
+    np.testing.assert_allclose(cube["b"], split(want)["b"])
+
+
+def test_edges_of_the_l2_ball_in_a_box():
+    """A point for a ball, a box without room, x at zero: finite with finite derivatives."""
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [-3.0, 4.0]])
+    radius = jnp.array([0.0, 1.0, 1.0, 1.0, jnp.inf])
+    lower = jnp.array([[-1.0, -1.0]] * 5)
+    upper = jnp.array([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+    p = projections.l2_ball_in_box(x, radius, lower, upper)
+    np.testing.assert_allclose(p, [[0, 0], [0, 0], [0, 0], [0, 1], [-1, 2]])
+    derivative = jax.jit(jax.jacrev(projections.l2_ball_in_box, (0, 1, 2, 3)))
+    bars = derivative(x, radius, lower, upper)
+    assert all(np.all(np.isfinite(bar)) for bar in bars)
+
+
+def test_bad_bounds_and_radii_of_the_l2_ball_in_a_box_do_not_pass():
+    x, lower = jnp.ones((3, 2)), jnp.array([[-1.0, -1.0], [-1.0, 0.5], [-1.0, -1.0]])
+    p = projections.l2_ball_in_box(x, jnp.array([jnp.nan, 1.0, 1.0]), lower, 2.0)
+    assert np.all(np.isnan(p[:2]))
+    np.testing.assert_allclose(p[2], np.sqrt(0.5))
