@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from jdeq import adjoints, joint, projections, regularization, solvers
 from jdeq.fixed_point import deq, fixed_point
+from jdeq.iterate import Fold
 from jdeq.joint.augmented import AugmentedState, KKTResidual
 from jdeq.joint.nested import nested_solve
 from jdeq.joint.problem import InputProblem
@@ -13,6 +14,7 @@ from jdeq.solution import History, Result, Solution
 
 __all__ = [
     "AugmentedState",
+    "Fold",
     "History",
     "InputProblem",
     "KKTResidual",

@@ -78,6 +78,26 @@ def check_history(owner: str, value: Any) -> None:
     check_function(owner, "history", value)
 
 
+def check_compaction(owner: str, value: Any, history: Any) -> None:
+    """Refuses what is no number of halvings, and a history of functions of the whole batch."""
+    check_count(owner, "compaction", value, least=0)
+    if value and callable(history):
+        raise ValueError(
+            f"{owner}: compaction={value!r} and a function for history were given, but a function "
+            f"of the whole batch cannot be recorded once problems have left it; pass history=True, "
+            f"or compaction=0."
+        )
+
+
+def check_fold(owner: str, value: Any, kind: type) -> None:
+    """Refuses what is no fold over iterates."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{owner}: fold={value!r} was given, but jdeq.Fold(update, start) is expected."
+        )
+    check_function(owner, "fold.update", value.update)  # type: ignore[attr-defined]
+
+
 def check_positive(owner: str, name: str, value: Any) -> None:
     """Refuses a ``value`` that is not a finite number above 0."""
     if not (is_real(value) and value > 0):

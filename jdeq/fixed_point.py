@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from jdeq import _closures, _options
+from jdeq import _closures, _options, _tree
+from jdeq.adjoints import base
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
-from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.equilibrium import Controls, Equilibrium, RunOptions
+from jdeq.iterate import Fold
 from jdeq.solution import Solution, constant_but_value
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
 
 PyTree = Any
+
+
+class EquilibriumAux(NamedTuple):
+    """Further outputs of an equilibrium solve, each None unless asked for.
+
+    Attributes:
+        cell: what the cell returned besides the state, at the solution.
+        memory: the solver's memory, to pass to the next call; a constant to autodiff.
+        folded: the last value of the fold; a constant to autodiff.
+    """
+
+    cell: PyTree
+    memory: PyTree
+    folded: PyTree
 
 
 def fixed_point(
@@ -33,6 +51,9 @@ def fixed_point(
     step_budget: int | Array | None = None,
     history: bool | Callable[[PyTree], PyTree] = False,
     backward_probe: Array | None = None,
+    has_aux: bool = False,
+    memory: PyTree = None,
+    fold: Fold | None = None,
 ) -> Solution:
     """Finds ``z* = f(params, z*)`` for a batch of problems, differentiably in ``params``.
 
@@ -56,9 +77,20 @@ def fixed_point(
             besides.
         backward_probe: zeros ``[B, 3]``; the cotangent of this argument is (residual, steps,
             result) of each problem's backward solve.
+        has_aux: whether ``f`` returns ``(z, aux)``, every leaf of aux ``[B, ...]``. Its value at
+            the solution is ``Solution.aux.cell``, differentiable, NaN (zero if it is no
+            floating-point number) for a problem that diverged or was not finite. It takes one more
+            evaluation, which ``steps`` does not count.
+        memory: the solver's memory to go on with: ``solver.init(z0)`` at first, then
+            ``Solution.aux.memory`` of the last call. A solve near the last one so starts with its
+            estimate of the Jacobian. None starts anew, and returns none.
+        fold: ``jdeq.Fold(update, start)``, a running value ``update(value, z, k) -> value`` over
+            each problem's iterates up to its last, every leaf ``[B, ...]``; its last value is
+            ``Solution.aux.folded``.
 
     Returns:
-        The ``Solution``; ``value`` is like ``z0``, ``residual`` is ``||f(z) - z||``, ``[B]``.
+        The ``Solution``; ``value`` is like ``z0``, ``residual`` is ``||f(z) - z||``, ``[B]``, and
+        ``aux`` an ``EquilibriumAux``, or None if nothing further was asked for.
 
     Raises:
         TypeError: if an option is of the wrong kind, or ``f`` changes the dtype of ``z``.
@@ -70,12 +102,15 @@ def fixed_point(
         f,
         _call_map,
         (params, (), z0),
-        Controls(rtol, atol, step_budget),
+        Controls(rtol, atol, step_budget, memory, None if fold is None else fold.start),
         backward_probe,
         solver=solver,
         adjoint=adjoint,
         max_steps=max_steps,
         history=history,
+        has_aux=has_aux,
+        fold=fold,
+        compaction=0,
     )
 
 
@@ -94,6 +129,10 @@ def deq(
     step_budget: int | Array | None = None,
     history: bool | Callable[[PyTree], PyTree] = False,
     backward_probe: Array | None = None,
+    has_aux: bool = False,
+    memory: PyTree = None,
+    fold: Fold | None = None,
+    compaction: int = 0,
 ) -> Solution:
     """Equilibrium ``z* = cell(params, z*, x[, data])`` of a cell (Bai, Kolter, Koltun 2019).
 
@@ -115,9 +154,17 @@ def deq(
         step_budget: see ``fixed_point``.
         history: see ``fixed_point``.
         backward_probe: see ``fixed_point``.
+        has_aux: see ``fixed_point``.
+        memory: see ``fixed_point``.
+        fold: see ``fixed_point``.
+        compaction: how often the batch may be halved, forward and backward: once at most half of
+            the problems go on, the others leave the computation. 0, the default, never does; 3 or
+            4 pay where steps differ much between problems and a step costs more than entering a
+            loop. Each halving is one more compiled loop. Answers agree within the tolerance, not
+            bit for bit. Not for use under ``vmap``; under ``shard_map`` each shard has its own.
 
     Returns:
-        The ``Solution``; ``value`` is like ``z0``.
+        The ``Solution``; ``value`` is like ``z0``, ``aux`` as for ``fixed_point``.
 
     Raises:
         TypeError: as ``fixed_point``.
@@ -132,12 +179,15 @@ def deq(
         cell,
         _call_cell,
         (params, inputs, z0),
-        Controls(rtol, atol, step_budget),
+        Controls(rtol, atol, step_budget, memory, None if fold is None else fold.start),
         backward_probe,
         solver=solver,
         adjoint=adjoint,
         max_steps=max_steps,
         history=history,
+        has_aux=has_aux,
+        fold=fold,
+        compaction=compaction,
     )
 
 
@@ -163,6 +213,9 @@ def _entry(
     adjoint: Adjoint | None,
     max_steps: int,
     history: bool | Callable[[PyTree], PyTree],
+    has_aux: bool,
+    fold: Fold | None,
+    compaction: int,
 ) -> Solution:
     """Checks what can be checked without tracing, and enters the compiled solve."""
     solver = Anderson() if solver is None else solver
@@ -175,11 +228,18 @@ def _entry(
     _options.check_count(owner, "max_steps", max_steps)
     _options.check_budget(owner, controls.budget)
     _options.check_history(owner, history)
+    _options.check_compaction(owner, compaction, history)
     _options.check_arrays(owner, "params", arguments[0])
     count = _options.problem_count(owner, "z0", arguments[2])
     _options.check_inexact(owner, "z0", arguments[2])
     if probe is not None:
         _options.check_probe(owner, probe, count)
+    if fold is not None:
+        _options.check_fold(owner, fold, Fold)
+        _options.check_batch(owner, "z0", count, **{"fold.start": fold.start})
+    options = RunOptions(
+        solver, max_steps, history, None if fold is None else fold.update, compaction
+    )
     return _solve(
         arguments,
         controls,
@@ -188,25 +248,15 @@ def _entry(
         name=name,
         function=function,
         call=call,
-        solver=solver,
         adjoint=adjoint,
-        max_steps=max_steps,
-        history=history,
+        options=options,
+        has_aux=has_aux,
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "owner",
-        "name",
-        "function",
-        "call",
-        "solver",
-        "adjoint",
-        "max_steps",
-        "history",
-    ),
+    static_argnames=("owner", "name", "function", "call", "adjoint", "options", "has_aux"),
 )
 def _solve(
     arguments: tuple[PyTree, PyTree, PyTree],
@@ -217,29 +267,84 @@ def _solve(
     name: str,
     function: Callable,
     call: Callable,
-    solver: Solver,
     adjoint: Adjoint,
-    max_steps: int,
-    history: bool | Callable[[PyTree], PyTree],
+    options: RunOptions,
+    has_aux: bool,
 ) -> Solution:
     """One compiled program a function, set of options and shapes, also for eager calls."""
     params, inputs, z0 = arguments
+    z0 = jax.lax.stop_gradient(z0)
+    controls = jax.lax.stop_gradient(controls)
     pure, captured = _closures.hoist(
         owner, name, functools.partial(call, function), params, inputs, z0
     )
-
-    def f(theta: PyTree, inputs: PyTree, z: PyTree) -> PyTree:
-        params, captured = theta
-        return pure(captured, params, inputs, z)
-
     theta = (params, captured)
-    z0 = jax.lax.stop_gradient(z0)
+
+    def with_aux(theta: PyTree, inputs: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+        params, captured = theta
+        out = pure(captured, params, inputs, z)
+        return out if has_aux else (out, None)
+
+    out = jax.eval_shape(pure, captured, params, inputs, z0)
+    if has_aux:
+        _check_pair(owner, name, out)
+        _options.check_batch(owner, "z0", _tree.problem_count(z0), aux=out[1])
     _options.check_same(
         owner,
         f"the output of {name}",
-        jax.eval_shape(f, theta, inputs, z0),
+        out[0] if has_aux else out,
         z0,
         f"{name} must return a state like the one it is given: same structure, shapes and dtypes.",
     )
-    equilibrium = Equilibrium(f, solver, max_steps, history)
-    return constant_but_value(adjoint.solve(equilibrium, theta, inputs, z0, controls, probe))
+    _check_controls(owner, controls, options, z0)
+    equilibrium = Equilibrium.of(lambda *arguments: with_aux(*arguments)[0], options)
+    solution = adjoint.solve(equilibrium, theta, inputs, z0, controls, probe)
+    run = solution.aux
+    solution = constant_but_value(solution)
+    aux = None
+    if has_aux:
+        aux = _cell_aux(with_aux, theta, inputs, solution)
+    if aux is None and run.memory is None and run.folded is None:
+        return dataclasses.replace(solution, aux=None)
+    return dataclasses.replace(solution, aux=EquilibriumAux(aux, *run))
+
+
+def _check_pair(owner: str, name: str, out: PyTree) -> None:
+    """Refuses what is not ``(z, aux)``."""
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(
+            f"{owner}: has_aux=True was given, but {name} returned a {type(out).__name__}; return "
+            f"(z, aux), or leave has_aux out."
+        )
+
+
+def _check_controls(owner: str, controls: Controls, options: RunOptions, z0: PyTree) -> None:
+    """Refuses a memory of another solver or shape, and a fold that changes its value's shape."""
+    if controls.memory is not None:
+        _options.check_same(
+            owner,
+            "memory",
+            controls.memory,
+            jax.eval_shape(options.solver.init, z0),
+            "pass solver.init(z0), or Solution.aux.memory of a call with the same solver and z0.",
+        )
+    if options.fold is not None:
+        _options.check_same(
+            owner,
+            "the output of fold.update",
+            jax.eval_shape(options.fold, controls.folded, z0, jnp.zeros((), jnp.int32)),
+            controls.folded,
+            "a fold must keep the structure, shapes and dtypes of its start.",
+        )
+
+
+def _cell_aux(with_aux: Callable, theta: PyTree, inputs: PyTree, solution: Solution) -> PyTree:
+    """What the cell returns besides the state, and where there is no solution, NaN or zero."""
+    bad = base.failed(solution.result)
+    z, inputs = base.donate(bad, (solution.value, inputs))
+
+    def mark(leaf: Array) -> Array:
+        missing = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+        return jnp.where(_tree.expand(bad, leaf), jnp.asarray(missing, leaf.dtype), leaf)
+
+    return jax.tree.map(mark, with_aux(theta, inputs, z)[1])

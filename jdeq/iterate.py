@@ -71,17 +71,34 @@ class Report(NamedTuple):
 Step = Callable[[PyTree, PyTree, Array], tuple[PyTree, PyTree, Report]]
 """``step(iterate, memory, k) -> (next_iterate, next_memory, report_on_iterate)``."""
 
+Prepare = Callable[[PyTree], Step]
+"""``prepare(context) -> step`` for the problems that ``context`` belongs to."""
+
+
+class Fold(NamedTuple):
+    """A running value over the iterates of each problem.
+
+    Attributes:
+        update: ``update(value, iterate, k) -> value``.
+        start: first value, every leaf ``[B, ...]``.
+    """
+
+    update: Callable[[PyTree, PyTree, Array], PyTree]
+    start: PyTree
+
 
 class Final(NamedTuple):
     """What is left of the loop besides its solution.
 
     Attributes:
         merit: of the chosen iterate, ``[B]``; infinity where no evaluation was finite.
-        memory: the method's last memory.
+        memory: the method's memory after the last step of each problem, or None unless kept.
+        folded: last value of the fold, or None.
     """
 
     merit: Array
     memory: PyTree
+    folded: PyTree
 
 
 class _Carry(NamedTuple):
@@ -98,60 +115,87 @@ class _Carry(NamedTuple):
     usual_size: Array
     reference_merit: Array  # merit at the last improvement that counted
     idle_steps: Array  # steps since then
+    folded: PyTree
+    column: Array | None  # of each problem in the history, once finished ones are left out
     history: History | None
 
 
 def iterate(
-    step: Step,
+    prepare: Prepare,
+    context: PyTree,
     start: PyTree,
     memory: PyTree,
     *,
     max_steps: int,
     budget: Array | None = None,
     record: bool | Callable[[PyTree], PyTree] = False,
+    fold: Fold | None = None,
     detect_stagnation: bool = True,
     measure_best_last: bool = False,
+    keep_memory: bool = False,
+    compaction: int = 0,
 ) -> tuple[Solution, Final]:
-    """Iterates ``step`` until every problem has finished or the step limit is reached.
+    """Iterates until every problem has finished or the step limit is reached.
 
     A finished problem's iterate is frozen, so that its numbers do not change while others go on.
     The returned iterate is always one whose report was taken: the first that converged, else the
     one of lowest merit among those that pass the guard.
 
+    With ``compaction`` the loop stops once at most half of the problems go on, gathers those and
+    continues with them alone, and so on: what a finished problem costs is bounded, at the price of
+    one more compiled loop a halving.
+
     Args:
-        step: ``step(iterate, memory, k) -> (next_iterate, memory, report)``, the report being
-            about ``iterate``.
+        prepare: ``prepare(context)`` is a function ``step(iterate, memory, k) -> (next_iterate,
+            memory, report)``, the report being about ``iterate``. What it computes before it
+            returns is computed once a loop.
+        context: what the step needs to know of each problem, every leaf ``[B, ...]``.
         start: first iterate, every leaf ``[B, ...]``.
-        memory: the method's memory at the start, any pytree.
+        memory: the method's memory at the start, every leaf ``[B, ...]``.
         max_steps: static limit on the number of steps, at least 1.
         budget: further limit known at run time only, int scalar.
-        record: whether to keep the history; a function of the iterate is recorded besides.
+        record: whether to keep the history; a function of the iterate is recorded besides, if
+            there is no compaction.
+        fold: a running value over each problem's iterates.
         detect_stagnation: whether a problem whose merit no longer improves is stopped.
         measure_best_last: whether the last step of the limit is spent on the best iterate, whose
             report then replaces the one that it was chosen by. For steps whose reports are exact
             only on demand.
+        keep_memory: whether the final memory is wanted: a problem that has finished then keeps its
+            own.
+        compaction: how often the batch may be halved, at least 0.
 
     Returns:
         The ``Solution`` whose value is the chosen iterate, and what else is left at the end.
     """
     limit = step_limit(max_steps, budget)
     report_shape = jax.eval_shape(
-        lambda s, m: step(s, m, jnp.zeros((), jnp.int32))[2], start, memory
+        lambda c, s, m: prepare(c)(s, m, jnp.zeros((), jnp.int32))[2], context, start, memory
     )
-    carry = _start(start, memory, report_shape, max_steps, record)
+    carry = _start(start, memory, report_shape, max_steps, record, fold, compaction)
 
-    def running(carry: _Carry) -> Array:
-        return (carry.k < limit) & jnp.any(carry.code == Result.max_steps)
+    def loop(context: PyTree, carry: _Carry, least: int) -> _Carry:
+        step = prepare(context)
 
-    def body(carry: _Carry) -> _Carry:
-        last = (carry.k == limit - 1) & measure_best_last
-        if measure_best_last:
-            running_at_last = last & (carry.code == Result.max_steps)
-            carry = carry._replace(iterate=_tree.select(running_at_last, carry.best, carry.iterate))
-        new_iterate, new_memory, report = step(carry.iterate, carry.memory, carry.k)
-        return _advance(carry, new_iterate, new_memory, report, record, detect_stagnation, last)
+        def running(carry: _Carry) -> Array:
+            going = jnp.count_nonzero(carry.code == Result.max_steps)
+            return (carry.k < limit) & (going > least)
 
-    carry = lax.while_loop(running, body, carry)
+        def body(carry: _Carry) -> _Carry:
+            last = (carry.k == limit - 1) & measure_best_last
+            if measure_best_last:
+                at_last = last & (carry.code == Result.max_steps)
+                carry = carry._replace(iterate=_tree.select(at_last, carry.best, carry.iterate))
+            new_iterate, new_memory, report = step(carry.iterate, carry.memory, carry.k)
+            if keep_memory:
+                new_memory = _tree.select(carry.code == Result.max_steps, new_memory, carry.memory)
+            return _advance(
+                carry, new_iterate, new_memory, report, record, fold, detect_stagnation, last
+            )
+
+        return lax.while_loop(running, body, carry)
+
+    carry = _halve(loop, context, carry, compaction)
     solution = Solution(
         value=carry.best,
         result=carry.code,
@@ -159,7 +203,31 @@ def iterate(
         residual=carry.best_residual,
         history=carry.history,
     )
-    return solution, Final(carry.best_merit, carry.memory)
+    return solution, Final(carry.best_merit, carry.memory if keep_memory else None, carry.folded)
+
+
+def _halve(
+    loop: Callable[[PyTree, _Carry, int], _Carry], context: PyTree, carry: _Carry, halvings: int
+) -> _Carry:
+    """Runs the loop on all problems, then on the unfinished half, and so on."""
+    count = carry.code.shape[0]
+    if halvings == 0 or count == 1:
+        return loop(context, carry, 0)
+    half = count // 2
+    carry = loop(context, carry, half)
+    # At most `half` are unfinished; finished ones fill up the rest and stand still.
+    chosen = jnp.argsort(carry.code != Result.max_steps)[:half]
+    own = carry._asdict()
+    k, history = own.pop("k"), own.pop("history")
+
+    def take(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[chosen], tree)
+
+    part = _halve(loop, take(context), _Carry(k=k, history=history, **take(own)), halvings - 1)
+    part_own = part._asdict()
+    k, history = part_own.pop("k"), part_own.pop("history")
+    own = jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new), own, part_own)
+    return _Carry(k=k, history=history, **own)
 
 
 def step_limit(max_steps: int, budget: Array | None) -> Array:
@@ -169,7 +237,13 @@ def step_limit(max_steps: int, budget: Array | None) -> Array:
 
 
 def _start(
-    start: PyTree, memory: PyTree, report: Report, max_steps: int, record: bool | Callable
+    start: PyTree,
+    memory: PyTree,
+    report: Report,
+    max_steps: int,
+    record: bool | Callable,
+    fold: Fold | None,
+    compaction: int,
 ) -> _Carry:
     count = _tree.problem_count(start)
     infinite = jnp.full((count,), jnp.inf, report.merit.dtype)
@@ -189,6 +263,8 @@ def _start(
         usual_size=jnp.ones((count,), report.size.dtype),
         reference_merit=infinite,
         idle_steps=zeros,
+        folded=None if fold is None else fold.start,
+        column=jnp.arange(count) if compaction and record is not False else None,
         history=_empty_history(start, report, max_steps, record),
     )
 
@@ -199,6 +275,7 @@ def _advance(
     new_memory: PyTree,
     report: Report,
     record: bool | Callable,
+    fold: Fold | None,
     detect_stagnation: bool,
     replace_best: Array,
 ) -> _Carry:
@@ -225,6 +302,9 @@ def _advance(
     keep_going = code == Result.max_steps
     current = carry.iterate if report.refined is None else report.refined
     history = _write_history(carry, current, report, active, record)
+    folded = carry.folded
+    if fold is not None:
+        folded = _tree.select(active, fold.update(folded, current, carry.k), folded)
     guard = report.merit if report.guard is None else report.guard
     return _Carry(
         k=carry.k + 1,
@@ -240,6 +320,8 @@ def _advance(
         usual_size=usual_size,
         reference_merit=reference_merit,
         idle_steps=idle_steps,
+        folded=folded,
+        column=carry.column,
         history=history,
     )
 
@@ -297,6 +379,8 @@ def _write_history(
         return None
 
     def write(rows: Array, row: Array) -> Array:
+        if carry.column is not None:
+            return rows.at[carry.k, carry.column].set(row.astype(rows.dtype))
         return lax.dynamic_update_index_in_dim(rows, row.astype(rows.dtype), carry.k, 0)
 
     def write_active(rows: Array, row: Array) -> Array:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdeq import _closures, _options, _tree
+from jdeq import _options, _tree
 from jdeq.adjoints import base
-from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.solution import Solution
 from jdeq.solvers.base import Solver
 
@@ -132,16 +133,19 @@ class Implicit:
         start: PyTree | None,
     ) -> Solution:
         """Solves ``u = (df/dz)^T u + cotangent``, differentiably."""
-        _, vjp = jax.vjp(lambda z: equilibrium.f(theta, inputs, z), z)
-        linear, captured = _closures.hoist("Implicit", "the adjoint map", vjp, cotangent)
 
-        def adjoint_map(captured: PyTree, v: PyTree, u: PyTree) -> PyTree:
-            return _tree.add(linear(captured, u)[0], v)
+        def bind(theta: PyTree, given: tuple[PyTree, PyTree, PyTree]) -> Callable:
+            inputs, z, v = given
+            _, vjp = jax.vjp(lambda z: equilibrium.f(theta, inputs, z), z)
+            return lambda u: _tree.add(vjp(u)[0], v)
 
         backward = Equilibrium(
-            adjoint_map,
-            self.solver or equilibrium.solver,
-            self.max_steps or equilibrium.max_steps,
+            bind,
+            RunOptions(
+                self.solver or equilibrium.options.solver,
+                self.max_steps or equilibrium.options.max_steps,
+                compaction=equilibrium.options.compaction,
+            ),
         )
         atol = controls.atol if self.atol is None else self.atol
         controls = Controls(
@@ -150,7 +154,7 @@ class Implicit:
             budget=controls.budget if self.max_steps is None else None,
         )
         start = cotangent if start is None else start
-        return self.solve(backward, captured, cotangent, start, controls, None)
+        return self.solve(backward, theta, (inputs, z, cotangent), start, controls, None)
 
 
 def check_backward_options(

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jdeq import _closures, _tree
 from jdeq.adjoints import base
 from jdeq.adjoints.implicit import check_backward_options
-from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.solution import Solution
 from jdeq.solvers.base import Solver
 
@@ -119,8 +119,12 @@ class ImplicitForward:
         def step(captured: PyTree, b: PyTree, u: PyTree) -> PyTree:
             return _tree.add(_tree.subtract(u, linear(captured, u)), b)
 
-        at = Equilibrium(
-            step, self.solver or equilibrium.solver, self.max_steps or equilibrium.max_steps
+        at = Equilibrium.of(
+            step,
+            RunOptions(
+                self.solver or equilibrium.options.solver,
+                self.max_steps or equilibrium.options.max_steps,
+            ),
         )
         atol = controls.atol if self.atol is None else self.atol
         found = at.run(

@@ -12,7 +12,7 @@ from jax import Array
 from jdeq import _tree
 from jdeq.adjoints import base
 from jdeq.adjoints.implicit import Implicit, check_backward_options
-from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.solution import Solution
 from jdeq.solvers.base import Solver
 from jdeq.solvers.newton_krylov import NewtonKrylov
@@ -90,7 +90,7 @@ class KKTImplicit:
             point = point._replace(mu=_tree.scale(1 / units.objective, point.mu))
             v = v._replace(mu=_tree.scale(units.objective, v.mu))
             theta_bar, (target_bar, rest_bar, _), adjoint = implicit.pull_back(
-                Equilibrium(run.augmented_map, solver, self.max_steps or max_steps),
+                Equilibrium.of(run.augmented_map, RunOptions(solver, self.max_steps or max_steps)),
                 given.theta,
                 (given.target, given.rest, units),
                 dataclasses.replace(solution, value=point),

@@ -13,7 +13,7 @@ from jax import Array
 from jdeq import _tree
 from jdeq.adjoints import base
 from jdeq.adjoints.implicit import Implicit, check_backward_options
-from jdeq.equilibrium import Controls, Equilibrium
+from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.solution import Solution
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
@@ -62,7 +62,9 @@ class StateImplicit:
         probe: Array | None,
     ) -> Solution:
         """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
-        equilibrium = Equilibrium(cell, self.solver or Anderson(), self.max_steps or max_steps)
+        equilibrium = Equilibrium.of(
+            cell, RunOptions(self.solver or Anderson(), self.max_steps or max_steps)
+        )
         implicit = Implicit(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
         @jax.custom_vjp

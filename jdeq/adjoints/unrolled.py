@@ -54,7 +54,9 @@ class Unrolled:
             theta, inputs, z0, controls, solution = saved
             bad = base.failed(solution.result)
             z0, inputs = base.donate(bad, (z0, inputs))
-            steps = jnp.minimum(solution.steps, step_limit(equilibrium.max_steps, controls.budget))
+            steps = jnp.minimum(
+                solution.steps, step_limit(equilibrium.options.max_steps, controls.budget)
+            )
             _, vjp = jax.vjp(
                 lambda theta, inputs: _replay(equilibrium, theta, inputs, z0, steps), theta, inputs
             )
@@ -78,12 +80,12 @@ def _replay(
         residual = lax.stop_gradient(_tree.norm(_tree.subtract(fz, z)))
         better = (residual < lowest) & (k < steps)
         best = _tree.select(better, z, best)
-        z_next, memory = equilibrium.solver.step(z, fz, memory, k)
+        z_next, memory = equilibrium.options.solver.step(z, fz, memory, k)
         # A finished problem stands still, so that it can neither overflow nor be differentiated.
         z_next = _tree.select(k + 1 < steps, z_next, lax.stop_gradient(z))
         return (z_next, memory, best, jnp.where(better, residual, lowest)), None
 
     lowest = jnp.full_like(lax.stop_gradient(_tree.norm(z0)), jnp.inf)
-    carry = (z0, equilibrium.solver.init(z0), z0, lowest)
-    (_, _, best, _), _ = lax.scan(step, carry, jnp.arange(equilibrium.max_steps))
+    carry = (z0, equilibrium.options.solver.init(z0), z0, lowest)
+    (_, _, best, _), _ = lax.scan(step, carry, jnp.arange(equilibrium.options.max_steps))
     return best

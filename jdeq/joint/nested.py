@@ -14,8 +14,8 @@ from jax import Array
 
 from jdeq import _options, _tree
 from jdeq.adjoints.state_implicit import StateImplicit
-from jdeq.equilibrium import Controls, Equilibrium
-from jdeq.iterate import Report, iterate
+from jdeq.equilibrium import Controls, Equilibrium, RunOptions
+from jdeq.iterate import Report, Step, iterate
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.descent import check_optimizer
@@ -178,12 +178,35 @@ class NestedRun:
     method: Nested
     max_steps: int
     record: bool | Callable[[AugmentedState], PyTree] = False
+    compaction: int = 0
 
     def __call__(self, given: Given, start: AugmentedState, controls: Controls) -> Solution:
         """Alternates full solves and steps on x until every problem meets the KKT tolerance."""
+        start = start._replace(x=projection(self.pure, given)(start.x))
+
+        def prepare(context: tuple[PyTree, tuple, AugmentedState]) -> Step:
+            target, rest, start = context
+            return self._step(Given(given.theta, target, rest), start, controls)
+
+        memory = _Memory(
+            jax.vmap(self.method.optimizer.init)(start.x), objective_zeros(self.pure, given, start)
+        )
+        solution, final = iterate(
+            prepare,
+            (given.target, given.rest, start),
+            start,
+            memory,
+            max_steps=self.max_steps,
+            budget=controls.budget,
+            record=self.record,
+            detect_stagnation=False,
+            compaction=self.compaction,
+        )
+        return dataclasses.replace(solution, aux=JointAux(final.merit))
+
+    def _step(self, given: Given, start: AugmentedState, controls: Controls) -> Step:
+        """The nested iteration of the problems that ``given`` holds."""
         project = projection(self.pure, given)
-        start = start._replace(x=project(start.x))
-        optimizer = self.method.optimizer
 
         def step(state: AugmentedState, memory: _Memory, k: Array):
             state, spent = self._infer(given, start, state)
@@ -201,25 +224,13 @@ class NestedRun:
                 evaluations=spent + 1,
                 refined=state,
             )
-            updates, moments = jax.vmap(optimizer.update)(
+            updates, moments = jax.vmap(self.method.optimizer.update)(
                 evaluation.gradient, memory.optimizer, state.x
             )
             x = project(optax.apply_updates(state.x, updates))
             return state._replace(x=x), _Memory(moments, first), report
 
-        memory = _Memory(
-            jax.vmap(optimizer.init)(start.x), objective_zeros(self.pure, given, start)
-        )
-        solution, final = iterate(
-            step,
-            start,
-            memory,
-            max_steps=self.max_steps,
-            budget=controls.budget,
-            record=self.record,
-            detect_stagnation=False,
-        )
-        return dataclasses.replace(solution, aux=JointAux(final.merit))
+        return step
 
     def _infer(
         self, given: Given, start: AugmentedState, state: AugmentedState
@@ -228,7 +239,7 @@ class NestedRun:
         forward, backward = self.method.forward, self.method.backward
         theta, inputs = given.theta, (state.x, *given.rest)
 
-        at = Equilibrium(self.pure.cell, forward.solver, forward.max_steps)
+        at = Equilibrium.of(self.pure.cell, RunOptions(forward.solver, forward.max_steps))
         z0 = state.z if forward.warm_start else start.z
         inner = at.run(theta, inputs, z0, Controls(forward.rtol, 0.0))
         z = inner.value
@@ -238,9 +249,8 @@ class NestedRun:
             lambda z: jnp.sum(self.pure.objective(theta, z, state.x, given.target, given.rest))
         )(z)
         adjoint_map = Equilibrium(
-            lambda theta, inputs, mu: _tree.add(pull_back(mu)[0], loss_z),
-            backward.solver,
-            backward.max_steps,
+            lambda theta, inputs: lambda mu: _tree.add(pull_back(mu)[0], loss_z),
+            RunOptions(backward.solver, backward.max_steps),
         )
         mu0 = state.mu if backward.warm_start else start.mu
         adjoint = adjoint_map.run(theta, inputs, mu0, Controls(backward.rtol, 0.0))

@@ -12,7 +12,7 @@ from jax import Array
 
 from jdeq import _tree
 from jdeq.equilibrium import Controls
-from jdeq.iterate import Report, iterate, step_limit
+from jdeq.iterate import Report, Step, iterate, step_limit
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import Context, JointMethod, LooksAhead
@@ -81,20 +81,47 @@ class JointRun:
         method: makes the next augmented state.
         max_steps: limit on the iterations.
         record: whether, or what, the history keeps.
+        compaction: how often the batch may be halved once problems have finished.
     """
 
     pure: PureProblem
     method: JointMethod
     max_steps: int
     record: bool | Callable[[AugmentedState], PyTree] = False
+    compaction: int = 0
 
     def __call__(self, given: Given, start: AugmentedState, controls: Controls) -> Solution:
         """Iterates the augmented map from ``start`` until every problem meets the KKT tolerance."""
-        project = projection(self.pure, given)
-        start = start._replace(x=project(start.x))
+        start = start._replace(x=projection(self.pure, given)(start.x))
         first_objective = self.pure.objective(
             given.theta, start.z, start.x, given.target, given.rest
         )
+
+        def prepare(context: tuple[PyTree, tuple, Array]) -> Step:
+            target, rest, first_objective = context
+            return self._step(Given(given.theta, target, rest), first_objective, controls)
+
+        memory = _Memory(
+            self.method.init(start, self.max_steps), jnp.zeros_like(first_objective, bool)
+        )
+        solution, final = iterate(
+            prepare,
+            (given.target, given.rest, first_objective),
+            start,
+            memory,
+            max_steps=self.max_steps,
+            budget=controls.budget,
+            record=self.record,
+            # A decaying schedule makes its progress at the end; waiting for it is no stagnation.
+            detect_stagnation=False,
+            measure_best_last=isinstance(self.method, LooksAhead),
+            compaction=self.compaction,
+        )
+        return dataclasses.replace(solution, aux=JointAux(final.merit))
+
+    def _step(self, given: Given, first_objective: Array, controls: Controls) -> Step:
+        """The joint iteration of the problems that ``given`` holds."""
+        project = projection(self.pure, given)
         ahead = self.method.ahead if isinstance(self.method, LooksAhead) else None
         limit = step_limit(self.max_steps, controls.budget)
 
@@ -131,21 +158,7 @@ class JointRun:
             )
             return new_state, _Memory(method_memory, confirm), report
 
-        memory = _Memory(
-            self.method.init(start, self.max_steps), jnp.zeros_like(first_objective, bool)
-        )
-        solution, final = iterate(
-            step,
-            start,
-            memory,
-            max_steps=self.max_steps,
-            budget=controls.budget,
-            record=self.record,
-            # A decaying schedule makes its progress at the end; waiting for it is no stagnation.
-            detect_stagnation=False,
-            measure_best_last=ahead is not None,
-        )
-        return dataclasses.replace(solution, aux=JointAux(final.merit))
+        return step
 
     def units(self, given: Given, start: AugmentedState, solution: Solution) -> Units:
         """The scales of objective and input at a solution."""

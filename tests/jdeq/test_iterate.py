@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jdeq.iterate import (
     GUARD_BURN_IN,
     GUARD_SLACK,
     STAGNATION_STEPS,
+    Fold,
     Report,
     iterate,
 )
@@ -25,22 +27,30 @@ def play(merits, *, guards=None, sizes=None, evaluations=None, tolerance=-1.0, *
     guards = None if guards is None else jnp.asarray(guards, float)
     sizes = jnp.ones_like(merits) if sizes is None else jnp.asarray(sizes, float)
 
-    @jax.jit
-    def run():
+    evaluations = None if evaluations is None else jnp.asarray(evaluations)
+
+    def prepare(columns):
         def step(position, memory, k):
-            row = merits[k]
+            def row(table):
+                return None if table is None else table[k, columns]
+
             report = Report(
-                residual={"r": row},
-                converged=row <= tolerance,
-                merit=row,
-                guard=None if guards is None else guards[k],
-                size=sizes[k],
-                evaluations=None if evaluations is None else jnp.asarray(evaluations)[k],
+                residual={"r": row(merits)},
+                converged=row(merits) <= tolerance,
+                merit=row(merits),
+                guard=row(guards),
+                size=row(sizes),
+                evaluations=row(evaluations),
             )
             return position + 1, memory + 1, report
 
+        return step
+
+    @jax.jit
+    def run():
         start = jnp.zeros(merits.shape[1], jnp.int32)
-        return iterate(step, start, jnp.zeros((), jnp.int32), **options)
+        columns = jnp.arange(merits.shape[1])
+        return iterate(prepare, columns, start, jnp.zeros_like(start), **options)
 
     return run()
 
@@ -62,8 +72,37 @@ def test_each_problem_stops_at_its_first_converged_iterate():
 
 
 def test_the_loop_ends_with_the_last_problem():
-    _, final = play(script([9, 1, 9, 9], [9, 9, 1, 9]), tolerance=1.0, max_steps=4)
-    assert final.memory == 3
+    solution, _ = play(
+        script([9, 1, 9, 9], [9, 9, 1, 9]), tolerance=1.0, max_steps=4, record=jnp.ones_like
+    )
+    assert solution.history.record.any(axis=1).tolist() == [True, True, True, False]
+
+
+def test_a_finished_problem_keeps_its_memory_if_that_is_wanted():
+    merits = script([9, 1, 9, 9], [9, 9, 1, 9])
+    assert play(merits, tolerance=1.0, max_steps=4)[1].memory is None
+    _, final = play(merits, tolerance=1.0, max_steps=4, keep_memory=True)
+    assert final.memory.tolist() == [2, 3]
+
+
+def test_a_fold_sees_each_problem_until_it_finishes():
+    fold = Fold(lambda total, at, k: total + 10 * at + k, jnp.zeros(2, jnp.int32))
+    _, final = play(script([9, 1, 9, 9], [9, 9, 1, 9]), tolerance=1.0, max_steps=4, fold=fold)
+    assert final.folded.tolist() == [11, 33]
+
+
+@pytest.mark.parametrize("halvings", [1, 2, 7])
+@pytest.mark.parametrize("record", [False, True])
+def test_compaction_changes_nothing(halvings, record):
+    merits = 9 * np.linspace(0.3, 0.98, 13) ** np.arange(30)[:, None]
+    merits[3:, 3] = np.nan
+    merits[5:, 4] = 1e9
+    options = {"tolerance": 2.0, "max_steps": 25, "record": record, "keep_memory": True}
+    plain, plain_final = play(merits, **options)
+    compacted, compacted_final = play(merits, compaction=halvings, **options)
+    chex.assert_trees_all_equal(compacted, plain)
+    chex.assert_trees_all_equal(compacted_final, plain_final)
+    assert len(set(plain.steps.tolist())) > 5
 
 
 def test_the_best_iterate_is_returned_the_last_included():
@@ -82,10 +121,10 @@ def test_counts_what_a_step_says_it_spent():
 
 
 def test_one_step_reports_on_the_start():
-    solution, final = play([[7.0]], max_steps=1)
+    solution, final = play([[7.0]], max_steps=1, keep_memory=True)
     assert solution.value.tolist() == [0]
     assert solution.steps.tolist() == [1]
-    assert final.memory == 1
+    assert final.memory.tolist() == [1]
 
 
 def test_a_budget_stops_early_and_never_late():
@@ -199,7 +238,7 @@ class TestGuard:
             row = jnp.asarray(merits)[k]
             return position + 1, memory, Report(row, jnp.array([k == 2]), row, row, row + 1)
 
-        solution, _ = iterate(step, jnp.zeros(1, jnp.int32), (), max_steps=9)
+        solution, _ = iterate(lambda _: step, (), jnp.zeros(1, jnp.int32), (), max_steps=9)
         assert solution.value.tolist() == [2]
         assert solution.result.tolist() == [Result.converged]
 
@@ -244,6 +283,8 @@ def test_a_refined_iterate_is_what_is_kept_and_recorded():
         report = Report(row, row < 0, row, None, row, refined=position + 100)
         return position + 1, memory, report
 
-    solution, _ = iterate(step, jnp.zeros(1, jnp.int32), (), max_steps=3, record=lambda s: s)
+    solution, _ = iterate(
+        lambda _: step, (), jnp.zeros(1, jnp.int32), (), max_steps=3, record=lambda s: s
+    )
     assert solution.value.tolist() == [102]
     assert solution.history.record.tolist() == [[100], [101], [102]]
