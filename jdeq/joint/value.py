@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,13 @@ from jax import Array
 
 from jdeq import _options, _tree
 from jdeq.adjoints import base
+from jdeq.adjoints.kkt_implicit import KKTImplicit
 from jdeq.equilibrium import Controls
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, purify
-from jdeq.joint.run import Given, JointRun, projection
+from jdeq.joint.run import Given, JointRun, Units, projection
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Solution
 
@@ -39,6 +41,7 @@ def input_value(
     max_steps: int = 300,
     step_budget: int | Array | None = None,
     history: bool | Callable[[AugmentedState], PyTree] = False,
+    adjoint: KKTImplicit | None = None,
 ) -> tuple[Array, Solution]:
     """The optimal objective ``V = l(z*, x*)`` of each problem, by a joint solve.
 
@@ -50,8 +53,13 @@ def input_value(
     radius) adds ``g^T dP(x - g)/ddata``, ``g`` being the gradient of the objective in x. This is
     exact at a KKT point and off by the order of the residuals elsewhere: look at
     ``Solution.residual``. The values themselves are ``l`` at the
-    returned iterate. A second derivative would need how ``(z*, x*, mu)`` move with the parameters,
-    which this rule leaves out, and is refused.
+    returned iterate.
+
+    Second derivatives, in reverse mode, are exact too: ``adjoint`` says how ``(z*, x*, mu)`` move
+    with the parameters, at one KKT system a Hessian-vector product,
+    ``jax.grad(lambda p: jnp.vdot(jax.grad(loss)(p), v))``. They ask for a tight ``rtol`` and, as
+    ``KKTImplicit`` does, for an optimum that is unique and constraints that are not just about to
+    become active. The first derivative does not need any of that, and costs what it did.
 
     Args:
         problem: see ``joint_solve``, as all further arguments.
@@ -67,6 +75,7 @@ def input_value(
         max_steps: see ``joint_solve``.
         step_budget: see ``joint_solve``.
         history: see ``joint_solve``.
+        adjoint: the KKT system's solver in second derivatives; default ``KKTImplicit()``.
 
     Returns:
         Values ``[B]``, NaN for a problem of which no evaluation was finite, and the ``Solution``,
@@ -75,26 +84,40 @@ def input_value(
     Raises:
         TypeError: as ``joint_solve``.
         ValueError: as ``joint_solve``.
-        NotImplementedError: when differentiated twice.
     """
     method = Polished() if method is None else method
+    adjoint = KKTImplicit() if adjoint is None else adjoint
+    if not isinstance(adjoint, KKTImplicit):
+        raise TypeError(
+            f"input_value: adjoint={adjoint!r} was given, but a jdeq.adjoints.KKTImplicit() is "
+            f"expected; it serves second derivatives, the first needs no backward solve."
+        )
     _options.check_instance("input_value", "method", method, JointMethod, "jdeq.joint.Descent()")
     controls = Controls(rtol, atol, step_budget)
     arguments = check_arguments(
         "input_value", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
     )
     return _input_value(
-        arguments, controls, problem=problem, method=method, max_steps=max_steps, history=history
+        arguments,
+        controls,
+        problem=problem,
+        method=method,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        history=history,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("problem", "method", "max_steps", "history"))
+@functools.partial(
+    jax.jit, static_argnames=("problem", "method", "adjoint", "max_steps", "history")
+)
 def _input_value(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,
     *,
     problem: InputProblem,
     method: JointMethod,
+    adjoint: KKTImplicit,
     max_steps: int,
     history: bool | Callable[[AugmentedState], PyTree],
 ) -> tuple[Array, Solution]:
@@ -102,18 +125,43 @@ def _input_value(
     pure, theta = purify("input_value", problem, params, target, start.x, start.z, rest)
     run = JointRun(pure, method, max_steps, history)
     start = jax.lax.stop_gradient(start)
-    values, solution = _with_envelope(run, pure, Given(theta, target, rest), start, controls)
+    values, solution = _with_envelope(run, adjoint, Given(theta, target, rest), start, controls)
     return values, jax.lax.stop_gradient(solution)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Stands in for the joint solve where its solution is there already.
+
+    It comes as part of the start, which has no derivative.
+    """
+
+    run: JointRun
+
+    def __call__(
+        self, given: Given, found: tuple[AugmentedState, Solution], controls: Controls
+    ) -> Solution:
+        return found[1]
+
+    def units(
+        self, given: Given, found: tuple[AugmentedState, Solution], solution: Solution
+    ) -> Units:
+        return self.run.units(given, found[0], solution)
+
+    @property
+    def augmented_map(self) -> Callable[..., AugmentedState]:
+        return self.run.augmented_map
+
+
 def _with_envelope(
-    run: Callable[[Given, AugmentedState, Controls], Solution],
-    pure: PureProblem,
+    run: JointRun,
+    adjoint: KKTImplicit,
     given: Given,
     start: AugmentedState,
     controls: Controls,
 ) -> tuple[Array, Solution]:
     """Runs the solve with the envelope rule attached to its objective."""
+    pure = run.pure
 
     @jax.custom_vjp
     def value(given, start, controls):
@@ -123,8 +171,10 @@ def _with_envelope(
 
     def forward(given, start, controls):
         values, solution = value(given, start, controls)
-        state = _refuse_second_derivative(solution.value)
-        return (values, solution), (given, state, solution.result)
+        # The same numbers, but they move with what is given when this rule is differentiated.
+        found = (start, solution)
+        point = adjoint.solve(_Found(run), pure.cell, run.max_steps, given, found, controls, None)
+        return (values, solution), (given, point.value, solution.result)
 
     def backward(saved, cotangent):
         given, state, result = saved
@@ -172,10 +222,12 @@ def _through_constraint(
     Returns:
         The cotangent.
     """
-    slope = _tree.norm(x_bar)
+    slope = _tree.norm(jax.lax.stop_gradient(x_bar))
     # Steps longer than x, and away from zero if g is zero, do not end where norms have no slope.
-    length = (1 + _tree.norm(x)) / jnp.where(slope > 0, slope, 1)
-    step = _tree.scale(-jnp.sign(weight).astype(length.dtype) * length, x_bar)
+    # Their length is arbitrary, and so a constant when this is differentiated.
+    size = 1 + _tree.norm(jax.lax.stop_gradient(x))
+    length = jnp.sign(weight).astype(size.dtype) * size / jnp.where(slope > 0, slope, 1)
+    step = _tree.scale(-jax.lax.stop_gradient(length), x_bar)
     away = jax.tree.map(lambda leaf: jnp.where(leaf < 0, -1, 1).astype(leaf.dtype), x)
     outside = _tree.add(x, _tree.select(slope > 0, step, away))
     _, pull_back = jax.vjp(lambda given: projection(pure, given)(outside), given)
@@ -184,17 +236,3 @@ def _through_constraint(
 
 def _add_cotangents(a: Any, b: Any) -> Any:
     return a if a.dtype == jax.dtypes.float0 else a + b
-
-
-@jax.custom_jvp
-def _refuse_second_derivative(state: AugmentedState) -> AugmentedState:
-    return state
-
-
-@_refuse_second_derivative.defjvp
-def _refuse(primals: tuple, tangents: tuple) -> tuple[AugmentedState, AugmentedState]:
-    raise NotImplementedError(
-        "input_value: a second derivative was asked for, but the envelope rule holds the solution "
-        "constant, so its derivative would miss how the solution moves with the parameters; "
-        "differentiate once."
-    )

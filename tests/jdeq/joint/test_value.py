@@ -1,4 +1,4 @@
-"""The optimal value and its envelope gradient."""
+"""The optimal value, its envelope gradient, and its Hessian products."""
 
 from __future__ import annotations
 
@@ -146,15 +146,137 @@ def test_the_solution_is_a_constant():
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
-def test_a_second_derivative_is_refused_with_a_reason(transform):
+def outer_loss(name, at):
+    """A weighted sum of optimal values, and what their solve returns."""
+    v, s = jdeq.input_value(
+        PROBLEMS[name],
+        at["params"],
+        at["target"],
+        jnp.zeros((3, 4)),
+        jnp.zeros((3, 5)),
+        data=at["data"],
+        rtol=1e-11,
+        atol=0.0,
+        max_steps=2000,
+    )
+    return jnp.vdot(jnp.array(WEIGHTS), jnp.nan_to_num(v)), s
+
+
+def tree_dot(a, b):
+    return sum(jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def hessian_product(name, at, direction):
+    def slope(at):
+        return tree_dot(jax.grad(lambda at: outer_loss(name, at)[0])(at), direction)
+
+    return jax.jit(jax.grad(slope))(at)
+
+
+def direction_like(at):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape)), at)
+
+
+@pytest.mark.parametrize("name", ["free", "ball", "box"])
+def test_hessian_products_agree_with_finite_differences_of_the_gradient(name):
+    """In params, target and data jointly, whose radius all of the active constraints depend on."""
+    at = arguments(0)
+    direction = direction_like(at)
+    gradient = jax.jit(jax.grad(lambda at: outer_loss(name, at), has_aux=True))
+    bar, s = gradient(at)
+    assert np.all(s.result == Result.converged)
+    assert np.any(bar["data"]["radius"] != 0) == (name != "free")
+
+    def moved(t):
+        return gradient(jax.tree.map(lambda leaf, d: leaf + t * d, at, direction))[0]
+
+    points = [moved(t) for t in (1e-3, -1e-3, 2e-3, -2e-3)]
+    want = jax.tree.map(lambda a, b, c, d: (8 * (a - b) - (c - d)) / 12e-3, *points)
+    got = hessian_product(name, at, direction)
+    for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(leaf - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_closed_form_of_the_hessian(scale):
+    """``V(t) = min_x scale (||R x - t||^2 + w ||x||^2) / 2`` has ``I - R (R^T R + w)^-1 R^T``."""
+    o = problems.optimum(scale=scale)
+
+    def value(target):
+        return jnp.sum(
+            jdeq.input_value(
+                o.problem, o.params, target, o.x0, o.z0, rtol=1e-11, atol=0.0, max_steps=2000
+            )[0]
+        )
+
+    hessian = jax.jit(jax.jacrev(jax.grad(value)))(o.target)
+    R = np.linalg.solve(np.eye(problems.N) - o.params["W"], o.params["U"])
+    H = R.T @ R + problems.WEIGHT * np.eye(problems.M)
+    want = scale * (np.eye(problems.N) - R @ np.linalg.solve(H, R.T))
+    for i in range(problems.B):
+        for j in range(problems.B):
+            expected = want if i == j else 0 * want
+            np.testing.assert_allclose(hessian[i, :, j], expected, atol=1e-8 * scale)
+
+
+def test_a_failing_problem_has_no_part_in_hessian_products():
+    clean = arguments(0)
+    direction = direction_like(clean)
+    poisoned = {**clean, "target": clean["target"].at[1, 0].set(jnp.nan)}
+    got = hessian_product("ball", poisoned, direction)
+    others = jnp.array([0, 2])
+
+    def alone(at, rows):
+        return {**at, **jax.tree.map(lambda v: v[rows], {k: at[k] for k in ("target", "data")})}
+
+    def slope(at):
+        def loss(at):
+            x0, z0 = jnp.zeros((2, 4)), jnp.zeros((2, 5))
+            v, _ = jdeq.input_value(
+                PROBLEMS["ball"], at["params"], at["target"], x0, z0, data=at["data"],
+                rtol=1e-11, atol=0.0, max_steps=2000,
+            )  # fmt: skip
+            return jnp.vdot(jnp.array(WEIGHTS)[others], v)
+
+        return tree_dot(jax.grad(loss)(at), alone(direction, others))
+
+    want = jax.jit(jax.grad(slope))(alone(clean, others))
+    np.testing.assert_array_equal(got["target"][1], 0)
+    np.testing.assert_allclose(got["target"][others], want["target"], rtol=1e-6, atol=1e-9)
+    for name, leaf in want["params"].items():
+        np.testing.assert_allclose(got["params"][name], leaf, rtol=1e-6, atol=1e-9)
+
+
+class Refusing:
+    """A solver that must not be asked."""
+
+    def init(self, z):
+        raise AssertionError("the KKT system was set up")
+
+    def step(self, z, fz, memory, k):
+        raise AssertionError
+
+
+def test_a_first_derivative_sets_up_no_kkt_system():
+    """Nothing of the second derivative's cost, in compilation or at run time."""
     o = problems.optimum()
+    adjoint = jdeq.adjoints.KKTImplicit(solver=Refusing())
 
     def value(scale):
-        return jnp.sum(jdeq.input_value(o.problem, o.params, scale * o.target, o.x0, o.z0)[0])
+        return jnp.sum(
+            jdeq.input_value(o.problem, o.params, scale * o.target, o.x0, o.z0, adjoint=adjoint)[0]
+        )
 
-    with pytest.raises(NotImplementedError, match="input_value: a second derivative was asked for"):
-        transform(jax.grad(jax.grad(value)))(1.0)
+    assert np.isfinite(jax.jit(jax.grad(value))(1.0))
+    with pytest.raises(AssertionError, match="KKT system"):
+        jax.grad(jax.grad(value))(1.0)
+
+
+def test_an_adjoint_that_holds_the_input_constant_is_refused():
+    o = problems.optimum()
+    with pytest.raises(TypeError, match="KKTImplicit"):
+        jdeq.input_value(*o.arguments, adjoint=jdeq.adjoints.StateImplicit())
 
 
 def test_default_tolerances_suffice_for_a_useful_gradient():
