@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 PyTree = Any
 
@@ -20,7 +21,7 @@ def hoist(owner: str, name: str, function: Callable, *example: PyTree) -> tuple[
         owner: the public function in whose name errors speak.
         name: the argument that ``function`` was passed as.
         function: any traceable function of ``example``.
-        example: arguments of the shapes and dtypes of later calls.
+        example: arguments of the dtypes and, but for the number of problems, shapes of later calls.
 
     Returns:
         ``pure`` and ``captured`` with ``pure(captured, *example) == function(*example)``.
@@ -41,9 +42,16 @@ def hoist(owner: str, name: str, function: Callable, *example: PyTree) -> tuple[
             ) from error
         raise
     out_tree = jax.tree.structure(out_shape)
+    place = {id(constant): i for i, constant in enumerate(jaxpr.consts)}
 
     def pure(captured: list, *args: PyTree) -> PyTree:
-        flat = jax.core.eval_jaxpr(jaxpr.jaxpr, captured, *jax.tree.leaves(args))
+        leaves = jax.tree.leaves(args)
+        closed, consts = jaxpr, captured
+        if [v.aval.shape for v in jaxpr.jaxpr.invars] != [np.shape(leaf) for leaf in leaves]:
+            # With problems left out: the traced program is one of fixed shapes.
+            closed = jax.make_jaxpr(function)(*args)
+            consts = [captured[place[id(c)]] if id(c) in place else c for c in closed.consts]
+        flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
         return jax.tree.unflatten(out_tree, flat)
 
     return pure, jaxpr.consts

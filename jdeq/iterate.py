@@ -161,8 +161,8 @@ def iterate(
         measure_best_last: whether the last step of the limit is spent on the best iterate, whose
             report then replaces the one that it was chosen by. For steps whose reports are exact
             only on demand.
-        keep_memory: whether the final memory is wanted: a problem that has finished then keeps its
-            own.
+        keep_memory: whether the final memory is wanted: a problem that has finished, or whose
+            evaluation was not finite, then keeps what it has.
         compaction: how often the batch may be halved, at least 0.
 
     Returns:
@@ -187,10 +187,16 @@ def iterate(
                 at_last = last & (carry.code == Result.max_steps)
                 carry = carry._replace(iterate=_tree.select(at_last, carry.best, carry.iterate))
             new_iterate, new_memory, report = step(carry.iterate, carry.memory, carry.k)
-            if keep_memory:
-                new_memory = _tree.select(carry.code == Result.max_steps, new_memory, carry.memory)
             return _advance(
-                carry, new_iterate, new_memory, report, record, fold, detect_stagnation, last
+                carry,
+                new_iterate,
+                new_memory,
+                report,
+                record,
+                fold,
+                detect_stagnation,
+                last,
+                keep_memory,
             )
 
         return lax.while_loop(running, body, carry)
@@ -278,6 +284,7 @@ def _advance(
     fold: Fold | None,
     detect_stagnation: bool,
     replace_best: Array,
+    keep_memory: bool,
 ) -> _Carry:
     active = carry.code == Result.max_steps
     finite = _all_finite(report)
@@ -304,7 +311,9 @@ def _advance(
     history = _write_history(carry, current, report, active, record)
     folded = carry.folded
     if fold is not None:
-        folded = _tree.select(active, fold.update(folded, current, carry.k), folded)
+        folded = _tree.select(active & finite, fold.update(folded, current, carry.k), folded)
+    if keep_memory:
+        new_memory = _tree.select(active & finite, new_memory, carry.memory)
     guard = report.merit if report.guard is None else report.guard
     return _Carry(
         k=carry.k + 1,

@@ -74,6 +74,7 @@ def nested_solve(
     max_steps: int = 50,
     step_budget: int | Array | None = None,
     history: bool | Callable[[AugmentedState], PyTree] = False,
+    compaction: int = 0,
 ) -> Solution:
     """Minimises over the input by gradient descent through the equilibrium.
 
@@ -97,6 +98,7 @@ def nested_solve(
         max_steps: steps on x, at least 1.
         step_budget: further limit on them that may be traced.
         history: as for ``joint_solve``, one row a step on x.
+        compaction: as for ``joint_solve``, between steps on x.
 
     Returns:
         A ``Solution`` as ``joint_solve`` returns it. ``steps`` counts evaluations of the cell and
@@ -120,6 +122,7 @@ def nested_solve(
     arguments = check_arguments(
         "nested_solve", problem, params, target, x0, z0, data, None, controls, max_steps, history
     )
+    _options.check_compaction("nested_solve", compaction, history)
     return _nested_solve(
         arguments,
         controls,
@@ -128,6 +131,7 @@ def nested_solve(
         adjoint=adjoint,
         max_steps=max_steps,
         history=history,
+        compaction=compaction,
     )
 
 
@@ -149,7 +153,8 @@ class _Memory(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("problem", "method", "adjoint", "max_steps", "history")
+    jax.jit,
+    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
 )
 def _nested_solve(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
@@ -160,10 +165,11 @@ def _nested_solve(
     adjoint: StateImplicit,
     max_steps: int,
     history: bool | Callable[[AugmentedState], PyTree],
+    compaction: int,
 ) -> Solution:
     params, target, rest, start = arguments
     pure, theta = purify("nested_solve", problem, params, target, start.x, start.z, rest)
-    run = NestedRun(pure, method, max_steps, history)
+    run = NestedRun(pure, method, max_steps, history, compaction)
     given = Given(theta, target, rest)
     start = jax.lax.stop_gradient(start)
     solution = adjoint.solve(run, pure.cell, max_steps, given, start, controls, None)

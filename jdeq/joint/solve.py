@@ -40,6 +40,7 @@ def joint_solve(
     step_budget: int | Array | None = None,
     history: bool | Callable[[AugmentedState], PyTree] = False,
     backward_probe: Array | None = None,
+    compaction: int = 0,
 ) -> Solution:
     """Minimises each problem's objective over its input, together with the equilibrium.
 
@@ -78,6 +79,8 @@ def joint_solve(
             ``AugmentedState`` is recorded besides.
         backward_probe: zeros ``[B, 3]``; the cotangent of this argument is (residual, steps,
             result) of each problem's backward solve.
+        compaction: how often the batch may be halved, forward and backward, once problems have
+            finished; see ``jdeq.deq``.
 
     Returns:
         The ``Solution``: ``value`` an ``AugmentedState``, ``residual`` a ``KKTResidual``, ``aux`` a
@@ -98,6 +101,7 @@ def joint_solve(
     arguments = check_arguments(
         "joint_solve", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
     )
+    _options.check_compaction("joint_solve", compaction, history)
     if backward_probe is not None:
         _options.check_probe("joint_solve", backward_probe, _tree.problem_count(arguments[3].z))
     return _joint_solve(
@@ -109,6 +113,7 @@ def joint_solve(
         adjoint=adjoint,
         max_steps=max_steps,
         history=history,
+        compaction=compaction,
     )
 
 
@@ -153,7 +158,8 @@ def check_arguments(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("problem", "method", "adjoint", "max_steps", "history")
+    jax.jit,
+    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
 )
 def _joint_solve(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
@@ -165,11 +171,12 @@ def _joint_solve(
     adjoint: JointAdjoint,
     max_steps: int,
     history: bool | Callable[[AugmentedState], PyTree],
+    compaction: int,
 ) -> Solution:
     """One compiled program a problem, set of options and shapes, also for eager calls."""
     params, target, rest, start = arguments
     pure, theta = purify("joint_solve", problem, params, target, start.x, start.z, rest)
-    run = JointRun(pure, method, max_steps, history)
+    run = JointRun(pure, method, max_steps, history, compaction)
     given = Given(theta, target, rest)
     start = jax.lax.stop_gradient(start)
     solution = adjoint.solve(run, pure.cell, max_steps, given, start, controls, probe)

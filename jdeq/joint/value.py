@@ -42,6 +42,7 @@ def input_value(
     step_budget: int | Array | None = None,
     history: bool | Callable[[AugmentedState], PyTree] = False,
     adjoint: KKTImplicit | None = None,
+    compaction: int = 0,
 ) -> tuple[Array, Solution]:
     """The optimal objective ``V = l(z*, x*)`` of each problem, by a joint solve.
 
@@ -76,6 +77,7 @@ def input_value(
         step_budget: see ``joint_solve``.
         history: see ``joint_solve``.
         adjoint: the KKT system's solver in second derivatives; default ``KKTImplicit()``.
+        compaction: see ``joint_solve``.
 
     Returns:
         Values ``[B]``, NaN for a problem of which no evaluation was finite, and the ``Solution``,
@@ -97,6 +99,7 @@ def input_value(
     arguments = check_arguments(
         "input_value", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
     )
+    _options.check_compaction("input_value", compaction, history)
     return _input_value(
         arguments,
         controls,
@@ -105,11 +108,13 @@ def input_value(
         adjoint=adjoint,
         max_steps=max_steps,
         history=history,
+        compaction=compaction,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("problem", "method", "adjoint", "max_steps", "history")
+    jax.jit,
+    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
 )
 def _input_value(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
@@ -120,10 +125,11 @@ def _input_value(
     adjoint: KKTImplicit,
     max_steps: int,
     history: bool | Callable[[AugmentedState], PyTree],
+    compaction: int,
 ) -> tuple[Array, Solution]:
     params, target, rest, start = arguments
     pure, theta = purify("input_value", problem, params, target, start.x, start.z, rest)
-    run = JointRun(pure, method, max_steps, history)
+    run = JointRun(pure, method, max_steps, history, compaction)
     start = jax.lax.stop_gradient(start)
     values, solution = _with_envelope(run, adjoint, Given(theta, target, rest), start, controls)
     return values, jax.lax.stop_gradient(solution)

@@ -22,12 +22,17 @@ class BroydenMemory(NamedTuple):
         last_g: residual there, like z.
         left: every leaf ``[B, window, ...]``.
         right: every leaf ``[B, window, ...]``.
+        kept: which slots belong to the estimate, bool ``[B, window]``.
+        written: updates written so far, int32 ``[B]``: the next goes to this slot, modulo the
+            window.
     """
 
     last_z: PyTree
     last_g: PyTree
     left: PyTree
     right: PyTree
+    kept: Array
+    written: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Broyden:
         """No updates yet, for iterates like ``z``."""
         windows = _windows.empty(z, self.window)
         zeros = _tree.zeros_like(z)
-        return BroydenMemory(zeros, zeros, windows, windows)
+        count = _tree.problem_count(z)
+        kept = jnp.zeros((count, self.window), bool)
+        return BroydenMemory(zeros, zeros, windows, windows, kept, jnp.zeros(count, jnp.int32))
 
     def step(
         self, z: PyTree, fz: PyTree, memory: BroydenMemory, k: Array
@@ -78,9 +85,11 @@ class Broyden:
         g = _tree.subtract(fz, z)
         s = _tree.subtract(z, memory.last_z)
         y = _tree.subtract(g, memory.last_g)
-        # Step k = 1 writes slot 0. Slots from `slot` on belong to an estimate that was dropped.
-        slot = jnp.mod(k - 1, self.window)
-        kept = jnp.arange(self.window) < jnp.where(k > 0, slot, 0)
+        # All problems write the same slot: one that finished an earlier solve sooner leaves some of
+        # its own empty.
+        written = jnp.max(memory.written)
+        slot = jnp.mod(written, self.window)
+        kept = memory.kept & ~((slot == 0) & (k > 0))
 
         right_y, right_g = _windows.products(memory.right, [y, g])
         h_y = self._estimate(memory.left, kept * right_y, y)
@@ -94,8 +103,16 @@ class Broyden:
         direction = _tree.add(h_g, _tree.scale(_tree.dot(v, g), u))
         direction = _tree.select(jnp.isfinite(_tree.norm(direction)), direction, h_g)
         z_next = jax.tree.map(lambda a, d: a - jnp.asarray(self.damping, a.dtype) * d, z, direction)
-        left = _windows.write(memory.left, u, slot)
-        return z_next, BroydenMemory(z, g, left, _windows.write(memory.right, v, slot))
+        # In step 0 there is no difference yet, and nothing is written that would count.
+        new = (k > 0) & (jnp.arange(self.window) == slot)
+        return z_next, BroydenMemory(
+            last_z=z,
+            last_g=g,
+            left=_windows.write(memory.left, u, slot),
+            right=_windows.write(memory.right, v, slot),
+            kept=(kept & (jnp.arange(self.window) != slot)) | new,
+            written=jnp.full_like(memory.written, written + (k > 0)),
+        )
 
     def _estimate(self, window: PyTree, weights: Array, w: PyTree) -> PyTree:
         """``-mixing w + sum_j weights_j window_j``: the estimate, or its transpose, times ``w``."""
