@@ -1,4 +1,4 @@
-"""Penalties and measures of a cell's Jacobian at its equilibrium."""
+"""Penalties and measures of a cell's Jacobian, and losses on the way to its equilibrium."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jdeq import _options, _tree
+from jdeq import _closures, _options, _tree
+from jdeq.adjoints.base import donate, mask_problems
+from jdeq.corrections import correction_iterates, correction_loss
+from jdeq.iterate import DIVERGENCE_FACTOR
+
+__all__ = [
+    "correction_iterates",
+    "correction_loss",
+    "jacobian_frobenius",
+    "spectral_radius",
+    "trajectory_frobenius",
+]
 
 PyTree = Any
 
@@ -48,16 +59,178 @@ def jacobian_frobenius(
     _options.check_count("jacobian_frobenius", "probes", probes)
     rest = () if data is None else (data,)
     _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
-    leaves, tree = jax.tree.flatten(z)
-    dimension = sum(leaf[0].size for leaf in leaves)
+    dimension = sum(leaf[0].size for leaf in jax.tree.leaves(z))
 
     def estimate(key: Array) -> Array:
-        keys = jax.random.split(key, len(leaves))
-        probe = jax.tree.unflatten(
-            tree,
-            [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)],
-        )
-        (product,) = pull_back(probe)
+        (product,) = pull_back(_normal_like(key, z))
         return _tree.dot(product, product) / dimension
 
     return jnp.mean(jax.vmap(estimate)(jax.random.split(key, probes)), axis=0)
+
+
+def trajectory_frobenius(
+    cell: Callable[..., PyTree],
+    params: PyTree,
+    x: PyTree,
+    z0: PyTree,
+    key: Array,
+    *,
+    data: PyTree = None,
+    steps: tuple[int, int] = (0, 15),
+    damping: float = 1.0,
+    probes: int = 1,
+) -> Array:
+    """``jacobian_frobenius`` at one random iterate of each problem's trajectory.
+
+    A penalty at the equilibrium alone says nothing of the way there; Gurumurthy et al. (2021)
+    penalise a random iterate as well, or instead. No trajectory is stored: each problem draws a
+    number of steps and runs ``z <- z + damping (f(z) - z)`` from ``z0`` so far, which costs as many
+    evaluations as the largest number drawn, and no gradients. The iterate is a constant; the
+    penalty is differentiable in ``params``, ``x`` and ``data``. A problem that diverges or gives
+    NaN on its way contributes zero and leaves the others' gradients alone. For iterates of another
+    method, take them from ``Solution.history`` and call ``jacobian_frobenius`` there.
+
+    Args:
+        cell: ``cell(params, z, x[, data]) -> z``.
+        params: its parameters.
+        x: its inputs, every leaf ``[B, ...]``.
+        z0: start of the trajectory, every leaf ``[B, ...]``.
+        key: a PRNG key for the steps and the probes.
+        data: its further constants.
+        steps: smallest and largest number of steps, each at least 0; all between them, and both,
+            are equally likely.
+        damping: of the steps, in (0, 1].
+        probes: number of probes averaged, at least 1.
+
+    Returns:
+        One estimate a problem, ``[B]``, at least 0.
+
+    Raises:
+        ValueError: if ``steps`` is not such a pair, ``damping`` not in (0, 1], ``probes`` below 1,
+            or the problem axes of ``x``, ``z0`` and ``data`` differ.
+    """
+    owner = "trajectory_frobenius"
+    least, most = _check_range(owner, steps)
+    _options.check_fraction(owner, "damping", damping)
+    _options.check_count(owner, "probes", probes)
+    count = _options.problem_count(owner, "z0", z0)
+    _options.check_batch(owner, "z0", count, x=x, data=data)
+
+    step_key, probe_key = jax.random.split(key)
+    length = jax.random.randint(step_key, (count,), least, most + 1)
+    inputs = (x,) if data is None else (x, data)
+    z, failed = _run(owner, cell, params, inputs, z0, length, damping)
+    z, inputs = donate(failed, (z, inputs))
+    x, data = (*inputs, None)[:2]
+    penalty = jacobian_frobenius(cell, params, z, x, probe_key, data=data, probes=probes)
+    return mask_problems(failed, penalty)
+
+
+def spectral_radius(
+    cell: Callable[..., PyTree],
+    params: PyTree,
+    z: PyTree,
+    x: PyTree,
+    key: Array,
+    *,
+    data: PyTree = None,
+    steps: int = 100,
+) -> Array:
+    """Spectral radius of ``df/dz`` per problem, by power iteration.
+
+    Below one at an equilibrium, Picard iteration converges near it, at this rate. From a random
+    vector, ``v <- J^T v / ||J^T v||`` and the estimate is the geometric mean of the growth
+    ``||J^T v||`` over the second half of the steps, under a smooth window: a dominant pair of
+    complex eigenvalues lets the growth oscillate for ever about its mean, where a Rayleigh quotient
+    or the last growth would be wrong.
+
+    The relative error is about ``r^(steps/2)`` with ``r`` the ratio of the next smaller modulus to
+    the largest; for a complex pair it falls with the number of turns in the window, and is large
+    where there is none (an angle below ``4 pi / steps``). On Gaussian matrices of 2 to 300 rows 95
+    in 100 errors were below 2 % at 100 steps and 0.2 % at 400. A nilpotent Jacobian gives exactly
+    zero once ``steps`` is twice its index. This is a measure for monitoring, not a penalty to train
+    with: its derivative is that of the estimate and costs the memory of all steps.
+
+    Args:
+        cell: ``cell(params, z, x[, data]) -> z``; its Jacobian must not couple problems.
+        params: its parameters.
+        z: where the Jacobian is taken, every leaf ``[B, ...]``.
+        x: its inputs, every leaf ``[B, ...]``.
+        key: a PRNG key for the start.
+        data: its further constants.
+        steps: number of vector-Jacobian products, at least 2.
+
+    Returns:
+        One estimate a problem, ``[B]``, at least 0.
+
+    Raises:
+        ValueError: if ``steps`` is below 2.
+    """
+    _options.check_count("spectral_radius", "steps", steps, least=2)
+    rest = () if data is None else (data,)
+    _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
+    skipped = steps // 2
+    time = (jnp.arange(skipped, steps) - skipped + 0.5) / (steps - skipped)
+    # All derivatives of this window vanish at its ends: averages of oscillations converge fast.
+    window = jnp.exp(-1 / (time * (1 - time)))
+    weights = jnp.concatenate([jnp.zeros(skipped), window / jnp.sum(window)])
+
+    def step(v: PyTree, weight: Array) -> tuple[PyTree, Array]:
+        (moved,) = pull_back(v)
+        growth = _tree.norm(moved)
+        vanished = growth == 0
+        safe = jnp.where(vanished, 1, growth)
+        v = _tree.select(vanished, v, _tree.scale(1 / safe, moved))
+        term = weight.astype(growth.dtype) * jnp.log(safe)
+        return v, jnp.where(vanished & (weight > 0), -jnp.inf, term)
+
+    start = _normal_like(key, z)
+    _, terms = lax.scan(step, _tree.scale(1 / _tree.norm(start), start), weights)
+    return jnp.exp(jnp.sum(terms, axis=0))
+
+
+def _run(
+    owner: str,
+    cell: Callable[..., PyTree],
+    params: PyTree,
+    inputs: tuple,
+    z0: PyTree,
+    length: Array,
+    damping: float,
+) -> tuple[PyTree, Array]:
+    """Each problem's iterate after ``length [B]`` damped steps, a constant, and who failed."""
+    pure, captured = _closures.hoist(
+        owner, "cell", lambda params, z, inputs: cell(params, z, *inputs), params, z0, inputs
+    )
+    captured, params, inputs, z0 = lax.stop_gradient((captured, params, inputs, z0))
+
+    def step(k: Array, carry: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+        z, failed = carry
+        fz = pure(captured, params, z, inputs)
+        size = _tree.norm(fz)
+        failed |= (k <= length) & ~(size <= limit)
+        return _tree.select((k < length) & ~failed, _tree.relax(z, fz, damping), z), failed
+
+    usual = jnp.maximum(_tree.norm(z0), _tree.norm(pure(captured, params, z0, inputs)))
+    limit = DIVERGENCE_FACTOR * jnp.maximum(1, usual)
+    # One evaluation more than steps: the cell has to be finite where it is differentiated.
+    return lax.fori_loop(0, jnp.max(length) + 1, step, (z0, ~jnp.isfinite(usual)))
+
+
+def _check_range(owner: str, steps: Any) -> tuple[int, int]:
+    pair = tuple(steps) if isinstance(steps, tuple | list) else ()
+    if len(pair) != 2:
+        raise ValueError(
+            f"{owner}: steps={steps!r} was given, but a pair (smallest, largest) is expected, "
+            f"such as (0, 15)."
+        )
+    _options.check_count(owner, "steps[0]", pair[0], least=0)
+    _options.check_count(owner, "steps[1]", pair[1], least=pair[0])
+    return pair
+
+
+def _normal_like(key: Array, tree: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
