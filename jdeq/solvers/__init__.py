@@ -3,8 +3,9 @@
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
 from jdeq.solvers.broyden import Broyden
+from jdeq.solvers.from_jaxopt import FromJaxopt
 from jdeq.solvers.newton_krylov import NewtonKrylov
 from jdeq.solvers.picard import Picard
 from jdeq.solvers.reversible import Reversible
 
-__all__ = ["Anderson", "Broyden", "NewtonKrylov", "Picard", "Reversible", "Solver"]
+__all__ = ["Anderson", "Broyden", "FromJaxopt", "NewtonKrylov", "Picard", "Reversible", "Solver"]
