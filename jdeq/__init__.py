@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from jdeq import adjoints, joint, projections, regularization, solvers
+from jdeq.diagnostics import Diagnosis, diagnose
 from jdeq.fixed_point import deq, fixed_point
 from jdeq.iterate import Fold
 from jdeq.joint.augmented import AugmentedState, KKTResidual
@@ -14,6 +15,7 @@ from jdeq.solution import History, Result, Solution
 
 __all__ = [
     "AugmentedState",
+    "Diagnosis",
     "Fold",
     "History",
     "InputProblem",
@@ -22,6 +24,7 @@ __all__ = [
     "Solution",
     "adjoints",
     "deq",
+    "diagnose",
     "fixed_point",
     "input_value",
     "joint",

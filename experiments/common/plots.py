@@ -15,8 +15,10 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.common.files import write_atomically
+from jdeq import Diagnosis, Result
 
 _STYLE: Any = {
     "font.size": 9,
@@ -32,6 +34,8 @@ _STYLE: Any = {
     ),
 }
 _DPI = 150
+_FEW = 24
+"""Up to so many problems each is marked by a dot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +140,76 @@ def curves(
                 axis.set_yscale("log", nonpositive="mask")
             axis.legend()
         _save(figure, path)
+
+
+def diagnosis(path: Path, found: Diagnosis, title: str) -> None:
+    """Save the picture of a diagnosis: of each number, how it is distributed over the problems.
+
+    Args:
+        path: The png.
+        found: What `jdeq.diagnose` returned.
+        title: Heading of the figure, above the outcomes.
+    """
+    codes = np.asarray(found.solution.result)
+    outcomes = {code.name.replace("_", " "): int(np.sum(codes == code)) for code in Result}
+    heading = ", ".join(f"{count} {name}" for name, count in outcomes.items() if count)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 6.4), layout="constrained")
+        residuals, radii, conditions, steps = figure.subplots(2, 2).flat
+        blocks = ("state", "adjoint", "stationarity")
+        _distributions(residuals, {name: getattr(found.relative, name) for name in blocks})
+        residuals.set(title="KKT residuals, relative to the size of their block", xscale="log")
+        _distributions(
+            radii, {"cell, df/dz": found.state_radius, "joint map": found.augmented_radius}
+        )
+        radii.axvline(1, color="0.4", lw=1, ls="--")
+        radii.text(
+            1, 0.5, " diverges", rotation=90, color="0.4", va="center",
+            transform=radii.get_xaxis_transform(),
+        )  # fmt: skip
+        radii.set(title="Spectral radius at the solution")
+        _distributions(
+            conditions,
+            {"Hessian along x": found.hessian_condition, "tangent kernel": found.kernel_condition},
+        )
+        conditions.set(title="Condition number", xscale="log")
+        _distributions(
+            steps, {"largest stable": found.largest_stable_step, "looked at": found.step_size}
+        )
+        steps.set(title="Step of gradient descent on x", xscale="log")
+        for axis in (residuals, conditions):
+            axis.set_ylabel("share of problems up to there")
+        for axis in (residuals, conditions, steps):
+            _label_logarithms(axis)
+        for axis in (residuals, radii, conditions, steps):
+            axis.set_ylim(0, 1.03)
+            axis.legend(loc="best")
+        figure.suptitle(f"{title}: {len(codes)} problems, {heading}")
+        _save(figure, path)
+
+
+def _distributions(axis: Axes, curves: Mapping[str, Any]) -> None:
+    """Cumulative shares of all problems; what is not finite leaves its curve below one."""
+    for label, values in curves.items():
+        known = np.asarray(values, np.float64)
+        ordered = np.sort(known[np.isfinite(known)])
+        missing = len(known) - len(ordered)
+        shares = np.arange(1, len(ordered) + 1) / len(known)
+        if missing:
+            label = f"{label} ({missing} not finite)"
+        marker = "o" if len(known) <= _FEW else None
+        (line,) = axis.step(ordered, shares, where="post", label=label, marker=marker, ms=4)
+        if len(ordered):
+            axis.plot([ordered[0]] * 2, [0, shares[0]], color=line.get_color())
+
+
+def _label_logarithms(axis: Axes) -> None:
+    """Ticks at 1, 2 and 5 where the range is too short for powers of ten alone."""
+    low, high = axis.get_xlim()
+    if high < 100 * low:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _show(axis: Axes, image: np.ndarray) -> None:

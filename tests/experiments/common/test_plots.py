@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from experiments.common.plots import Curve, curves, image_grid, image_rows
+import jdeq
+from experiments.common.plots import Curve, curves, diagnosis, image_grid, image_rows
 
 
 def width(path):
@@ -48,3 +52,20 @@ def test_curves_show_median_and_quartiles(tmp_path):
         ylabels=["y", "y"],
     )
     assert width(tmp_path / "curves.png") > 100
+
+
+def test_the_picture_of_a_diagnosis_of_any_size_and_of_bad_problems(tmp_path):
+    def found(count):
+        column = jnp.linspace(0.5, 1.5, count)
+        start = jdeq.AugmentedState(*[jnp.zeros((count, 1))] * 3)
+        residual = jdeq.KKTResidual(column, column, column)
+        codes = jnp.zeros(count, jnp.int32)
+        solution = jdeq.Solution(start, codes, codes, residual)
+        return jdeq.Diagnosis(solution, residual, *[column] * 8)
+
+    for count in (1, 100):
+        diagnosis(tmp_path / f"{count}.png", found(count), "title")
+        assert width(tmp_path / f"{count}.png") > 100
+    sick = dataclasses.replace(found(3), state_radius=jnp.full(3, jnp.nan))
+    diagnosis(tmp_path / "sick.png", sick, "title")
+    assert brightness(tmp_path / "sick.png") != brightness(tmp_path / "1.png")

@@ -1,0 +1,402 @@
+"""What a person asks when a joint solve misbehaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdeq import _advice, _options, _spectrum, _tree
+from jdeq.equilibrium import Controls
+from jdeq.joint import augmented
+from jdeq.joint.augmented import AugmentedState, KKTResidual
+from jdeq.joint.polished import Polished
+from jdeq.joint.problem import InputProblem, PureProblem, Theta, purify
+from jdeq.joint.run import Given, JointRun, Units
+from jdeq.joint.solve import check_arguments, joint_solve
+from jdeq.krylov import gmres
+from jdeq.solution import Solution
+
+PyTree = Any
+
+_GMRES_DIMENSION = 40
+_GMRES_RESTARTS = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What is known of a solution; every array has one entry a problem, ``[B]``.
+
+    ``print`` shows a table and the advice. In what follows ``z*(x)`` is the equilibrium, ``J`` its
+    derivative ``(I - df/dz)^-1 df/dx``, and ``h(x) = l(z*(x), x)`` the reduced objective.
+
+    Attributes:
+        solution: the solution that was looked at.
+        relative: its residuals in the units of their tolerances: ``||f - z|| / ||f||``,
+            ``||A - mu|| / ||A||`` with ``A = (df/dz)^T mu + dl/dz``, and the stationarity.
+        state_radius: spectral radius of ``df/dz``. Below 1 plain iteration of the state converges,
+            by that factor a step in the long run.
+        augmented_radius: spectral radius of the map ``(z, x, mu) -> (f, P(x - a g), A)`` with
+            ``a = step_size``. Below 1 the plain joint iteration converges.
+        step_size: ``a``.
+        kernel_condition: ratio of the largest to the smallest of the ``min(dim x, dim z)`` largest
+            eigenvalues of the tangent kernel ``J J^T``; infinite where x has directions that do
+            not move the state, to rounding.
+        pl_constant: the smallest of those eigenvalues, the local PL* constant of ``x -> z*(x)``: a
+            squared distance ``L = ||z*(x) - y||^2 / 2`` has ``||dL/dx||^2 >= 2 pl_constant L``
+            nearby, so that gradient descent on x converges linearly (Liu, Zhu, Belkin 2020). Where
+            ``dim x < dim z`` that holds for a ``y`` within reach only.
+        hessian_smallest: smallest eigenvalue of the Hessian of ``h``, constraints left aside; an
+            upper bound where ``dim x > dimension``.
+        hessian_largest: largest eigenvalue; a lower bound where ``dim x > dimension``.
+        linear_residual: relative residual of the linear solve for mu. The numbers on J and h take
+            many more solves with ``I - df/dz`` and its transpose, which have the same spectrum:
+            they are no more precise than that.
+    """
+
+    solution: Solution
+    relative: KKTResidual
+    state_radius: Array
+    augmented_radius: Array
+    step_size: Array
+    kernel_condition: Array
+    pl_constant: Array
+    hessian_smallest: Array
+    hessian_largest: Array
+    linear_residual: Array
+
+    @property
+    def hessian_condition(self) -> Array:
+        """Largest over smallest eigenvalue of the Hessian of ``h``, infinite without a minimum."""
+        return _ratio(self.hessian_largest, self.hessian_smallest)
+
+    @property
+    def largest_stable_step(self) -> Array:
+        """``2 / hessian_largest``: gradient descent on x with a longer step diverges, ``[B]``."""
+        curved = self.hessian_largest > 0
+        return jnp.where(curved, 2 / jnp.where(curved, self.hessian_largest, 1), jnp.inf)
+
+    @property
+    def advice(self) -> list[str]:
+        """What the numbers say, and what to do about it, one sentence or two each."""
+        return _advice.advice(self)
+
+    def __str__(self) -> str:
+        """The table and the advice."""
+        return _advice.report(self)
+
+
+def diagnose(
+    problem: InputProblem,
+    params: PyTree,
+    target: PyTree,
+    x0: PyTree | Solution,
+    z0: PyTree | None = None,
+    *,
+    data: PyTree = None,
+    step_size: float | Array | None = None,
+    dimension: int = 20,
+    linear_rtol: float = 1e-6,
+    key: Array | None = None,
+    **solve: Any,
+) -> Diagnosis:
+    """Looks at a joint solve: residuals, contraction, conditioning, step sizes, advice.
+
+    ``print(jdeq.diagnose(problem, params, target, x0, z0))`` solves and reports;
+    ``jdeq.diagnose(problem, params, target, solution)`` reports on a solution that is there.
+
+    It costs ``6 dimension`` Jacobian products for the two radii and ``4 dimension`` linear solves,
+    each of them some tens (at most 200) of Jacobian products of the cell: much more than the
+    solve itself. A few problems of a batch are usually enough. Memory: ``dimension + 1`` augmented
+    states, or 41 states.
+
+    Cell and objective must be twice differentiable, in forward mode over reverse; the projection
+    once.
+
+    Args:
+        problem: see ``joint_solve``.
+        params: see ``joint_solve``.
+        target: see ``joint_solve``.
+        x0: a ``Solution`` of ``joint_solve`` or ``nested_solve``, or a first input.
+        z0: first state; only with a first input.
+        data: see ``joint_solve``; with a solution, what it was found with.
+        step_size: step on x whose joint map is looked at, scalar or ``[B]``: the one in use with
+            ``Accelerated`` or plain gradient descent. None is half the largest stable step, or
+            where nothing is curved ``(1 + ||x||)^2 / |l|``.
+        dimension: of the Krylov spaces in which eigenvalues are looked for; those of the tangent
+            kernel and of the Hessian are exact from ``dim x`` on.
+        linear_rtol: relative tolerance of the linear solves, bounded below by rounding.
+        key: of the random vectors that the Krylov spaces start from; default ``jax.random.key(0)``.
+        **solve: options of ``joint_solve``; only with a first input.
+
+    Returns:
+        The ``Diagnosis``.
+
+    Raises:
+        TypeError: as ``joint_solve``, or if a solution comes with a start or with options.
+        ValueError: as ``joint_solve``, or if an option is out of range.
+    """
+    _options.check_count("diagnose", "dimension", dimension)
+    _options.check_positive("diagnose", "linear_rtol", linear_rtol)
+    solution = _solution(problem, params, target, x0, z0, data, solve)
+    z, x, mu = solution.value
+    arguments = check_arguments(
+        "diagnose", problem, params, target, x, z, data, mu, Controls(0.0, 0.0), 1, False
+    )
+    key = jax.random.key(0) if key is None else key
+    options = (step_size, float(linear_rtol), key)
+    return _diagnose(arguments, solution, options, problem=problem, dimension=dimension)
+
+
+def _solution(
+    problem: InputProblem,
+    params: PyTree,
+    target: PyTree,
+    x0: PyTree | Solution,
+    z0: PyTree | None,
+    data: PyTree,
+    solve: dict[str, Any],
+) -> Solution:
+    if not isinstance(x0, Solution):
+        if z0 is None:
+            raise TypeError(
+                "diagnose: x0 was given without z0, but a Solution, or both a first input and a "
+                "first state are expected; pass z0."
+            )
+        return joint_solve(problem, params, target, x0, z0, data=data, **solve)
+    if z0 is not None or solve:
+        given = "z0" if z0 is not None else ", ".join(solve)
+        raise TypeError(
+            f"diagnose: a Solution was given together with {given}, but what is there is not "
+            f"solved again; pass either the Solution or x0 and z0 with the options of joint_solve."
+        )
+    if not isinstance(x0.value, AugmentedState):
+        raise TypeError(
+            f"diagnose: a Solution whose value is a {type(x0.value).__name__} was given, but that "
+            f"of joint_solve or nested_solve is expected, an AugmentedState(z, x, mu)."
+        )
+    return x0
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "dimension"))
+def _diagnose(
+    arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
+    solution: Solution,
+    options: tuple[float | Array | None, float, Array],
+    *,
+    problem: InputProblem,
+    dimension: int,
+) -> Diagnosis:
+    params, target, rest, at = lax.stop_gradient(arguments)
+    step_size, linear_rtol, key = options
+    pure, theta = purify("diagnose", problem, params, target, at.x, at.z, rest)
+    given = Given(theta, target, rest)
+    evaluation = augmented.evaluate(pure, theta, target, rest, at)
+    keys = jax.random.split(key, 4)
+
+    _, push = jax.linearize(lambda z: pure.cell(theta, (at.x, *rest), z), at.z)
+    state_radius = _spectrum.spectral_radius(
+        push, _spectrum.random_like(keys[0], at.z), dimension=dimension
+    )
+    reduced = _Reduced.at(pure, given, at, linear_rtol)
+    kernel = reduced.kernel_range(keys[1], dimension)
+    hessian = reduced.hessian_range(keys[2], dimension)
+
+    size, scale = 1 + _tree.norm(at.x), jnp.abs(evaluation.objective)
+    scale = jnp.where(scale > 0, scale, 1)
+    if step_size is None:
+        curved = hessian.largest > 0
+        step = jnp.where(curved, 1 / jnp.where(curved, hessian.largest, 1), size**2 / scale)
+    else:
+        step = jnp.broadcast_to(jnp.asarray(step_size, size.dtype), size.shape)
+    return Diagnosis(
+        solution=solution,
+        relative=KKTResidual(
+            _relative(_tree.subtract(evaluation.state, at.z), evaluation.state),
+            _relative(_tree.subtract(evaluation.adjoint, at.mu), evaluation.adjoint),
+            solution.residual.stationarity,
+        ),
+        state_radius=state_radius,
+        augmented_radius=_augmented_radius(pure, given, at, (step, scale), keys[3], dimension),
+        step_size=step,
+        kernel_condition=_ratio(kernel.largest, kernel.smallest),
+        pl_constant=jnp.maximum(kernel.smallest, 0),
+        hessian_smallest=hessian.smallest,
+        hessian_largest=hessian.largest,
+        linear_residual=reduced.adjoint_residual,
+    )
+
+
+def _augmented_radius(
+    pure: PureProblem,
+    given: Given,
+    at: AugmentedState,
+    units: tuple[Array, Array],
+    key: Array,
+    dimension: int,
+) -> Array:
+    """Of ``(f, P(x - step g), A)``, whose eigenvalues do not depend on the unit of mu."""
+    step, scale = units
+    at = at._replace(mu=_tree.scale(1 / scale, at.mu))
+    run = JointRun(pure, Polished(), 1)
+    inputs = (given.target, given.rest, Units(scale, jnp.sqrt(step * scale)))
+    _, push = jax.linearize(lambda at: run.augmented_map(given.theta, inputs, at), at)
+    start = _spectrum.random_like(key, at)
+    return _spectrum.spectral_radius(push, start, dimension=dimension)
+
+
+class _Range(NamedTuple):
+    """Extreme eigenvalues, ``[B]`` each."""
+
+    smallest: Array
+    largest: Array
+
+
+Product = Callable[[PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reduced:
+    """The linearisation at a point, where the state follows x.
+
+    Attributes:
+        state: ``df/dz``.
+        state_transposed: its transpose.
+        input: ``df/dx``.
+        input_transposed: its transpose.
+        curvature: Hessian of ``l + mu . f`` in (z, x), mu solving the adjoint equation.
+        z: the state, for its shapes.
+        x: the input, for its shapes.
+        rtol: of the linear solves.
+        adjoint_residual: of the solve for mu, ``[B]``.
+    """
+
+    state: Product
+    state_transposed: Product
+    input: Product
+    input_transposed: Product
+    curvature: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    z: PyTree
+    x: PyTree
+    rtol: float
+    adjoint_residual: Array
+
+    @classmethod
+    def at(cls, pure: PureProblem, given: Given, at: AugmentedState, rtol: float) -> _Reduced:
+        """Linearises the problem at a point, and solves for its adjoint."""
+        theta: Theta
+        theta, target, rest = given
+
+        def cell(z: PyTree, x: PyTree) -> PyTree:
+            return pure.cell(theta, (x, *rest), z)
+
+        def loss(z: PyTree, x: PyTree) -> Array:
+            return jnp.sum(pure.objective(theta, z, x, target, rest))
+
+        z, x = at.z, at.x
+        _, by_state = jax.linearize(lambda z: cell(z, x), z)
+        _, by_input = jax.linearize(lambda x: cell(z, x), x)
+        _, pull_state = jax.vjp(lambda z: cell(z, x), z)
+        _, pull_input = jax.vjp(lambda x: cell(z, x), x)
+        slope = jax.grad(loss)(z, x)
+        mu, residual = _solve(lambda v: pull_state(v)[0], slope, rtol)
+
+        def lagrangian(z: PyTree, x: PyTree) -> Array:
+            return loss(z, x) + jnp.sum(_tree.dot(mu, cell(z, x)))
+
+        _, curvature = jax.linearize(jax.grad(lagrangian, (0, 1)), z, x)
+        return cls(
+            state=by_state,
+            state_transposed=lambda v: pull_state(v)[0],
+            input=by_input,
+            input_transposed=lambda v: pull_input(v)[0],
+            curvature=curvature,
+            z=z,
+            x=x,
+            rtol=rtol,
+            adjoint_residual=residual,
+        )
+
+    def follow(self, v: PyTree) -> PyTree:
+        """``J v``."""
+        return _solve(self.state, self.input(v), self.rtol)[0]
+
+    def pull(self, v: PyTree) -> PyTree:
+        """``J^T v``."""
+        return self.input_transposed(_solve(self.state_transposed, v, self.rtol)[0])
+
+    def hessian_range(self, key: Array, dimension: int) -> _Range:
+        """Of the Hessian of the reduced objective, ``(J, I)^T curvature (J, I)``."""
+
+        def product(v: PyTree) -> PyTree:
+            by_z, by_x = self.curvature(self.follow(v), v)
+            return _tree.add(self.pull(by_z), by_x)
+
+        return _range(product, self.x, key, dimension)
+
+    def kernel_range(self, key: Array, dimension: int) -> _Range:
+        """Of ``J^T J`` or ``J J^T``, whichever is smaller."""
+        if _size(self.x) <= _size(self.z):
+            return _range(lambda v: self.pull(self.follow(v)), self.x, key, dimension)
+        return _range(lambda u: self.follow(self.pull(u)), self.z, key, dimension)
+
+
+def _range(product: Product, like: PyTree, key: Array, dimension: int) -> _Range:
+    start = _spectrum.random_like(key, like)
+    dimension = min(dimension, _size(like))
+    return _Range(*_spectrum.extreme_eigenvalues(product, start, dimension=dimension))
+
+
+def _solve(linear: Product, b: PyTree, rtol: float) -> tuple[PyTree, Array]:
+    """``u = linear(u) + b`` by restarted GMRES, and its residual over ``||b||``, ``[B]``."""
+    size = _tree.norm(b)
+    eps = jnp.finfo(size.dtype).eps
+    tolerance = jnp.maximum(rtol, 10 * eps)
+
+    def residual(u: PyTree) -> PyTree:
+        return _tree.add(_tree.subtract(linear(u), u), b)
+
+    def restart(carry: tuple[Array, PyTree, PyTree]) -> tuple[Array, PyTree, PyTree]:
+        k, u, r = carry
+        # A problem that is done has no residual left to reduce, and keeps its solution.
+        open_ = _tree.norm(r) > tolerance * size
+        r = _tree.select(open_, r, _tree.zeros_like(r))
+        left = _tree.norm(r)
+        fraction: Any = tolerance * size / jnp.where(left > 0, left, 1)
+        step, _ = gmres(
+            lambda v: _tree.subtract(v, linear(v)), r, dimension=_GMRES_DIMENSION, rtol=fraction / 2
+        )
+        u = _tree.add(u, step)
+        return k + 1, u, residual(u)
+
+    def running(carry: tuple[Array, PyTree, PyTree]) -> Array:
+        k, _, r = carry
+        return (k < _GMRES_RESTARTS) & jnp.any(_tree.norm(r) > tolerance * size)
+
+    start = (jnp.zeros((), jnp.int32), _tree.zeros_like(b), b)
+    _, u, r = lax.while_loop(running, restart, start)
+    return u, _relative(r, b)
+
+
+def _size(tree: PyTree) -> int:
+    """Numbers a problem."""
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(tree))
+
+
+def _relative(difference: PyTree, reference: PyTree) -> Array:
+    size = _tree.norm(reference)
+    return _tree.norm(difference) / jnp.where(size > 0, size, 1)
+
+
+def _ratio(largest: Array, smallest: Array) -> Array:
+    """``largest / smallest``, infinite where the smaller is not positive beyond rounding."""
+    eps = jnp.finfo(largest.dtype).eps
+    positive = smallest > 10 * eps * jnp.abs(largest)
+    return jnp.where(positive, largest / jnp.where(positive, smallest, 1), jnp.inf)
