@@ -41,12 +41,10 @@ class FromJaxoptMemory(NamedTuple):
     Attributes:
         params: what its next ``update`` takes as parameters.
         state: what its next ``update`` takes as state.
-        fresh: whether nothing has been evaluated yet, bool ``[B]``.
     """
 
     params: PyTree
     state: PyTree
-    fresh: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class FromJaxopt:
     (on the root of ``z - f(z)``), with the options that make their steps. jdeq owns the loop, so
     that stopping, failures, step counts and gradients are those of every other solver: each step
     takes one evaluation of the map, on the whole batch. jaxopt computes in JAX's default
-    floating dtype; states keep theirs.
+    floating dtype; states keep theirs. Nothing is taken over from the memory of an earlier call.
 
     jaxopt is no longer maintained by its authors. It is imported when such a solver is made.
 
@@ -95,20 +93,18 @@ class FromJaxopt:
         """The state of jaxopt's solver at ``z``; nothing is evaluated."""
         params = _in_default_dtype(z)
         state = jax.vmap(lambda p: self._build(lambda z: z).init_state(p))(params)
-        return FromJaxoptMemory(params, state, jnp.ones((_tree.problem_count(z),), bool))
+        return FromJaxoptMemory(params, state)
 
     def step(
         self, z: PyTree, fz: PyTree, memory: FromJaxoptMemory, k: Array
     ) -> tuple[PyTree, FromJaxoptMemory]:
-        """The point at which jaxopt's solver asks for the map next."""
-        del k
+        """The point at which jaxopt's solver asks for the map next; it begins anew at step 0."""
         take = _step_of_root if self.method.__name__ in _OF_A_ROOT else _step_of_map
-        z_next, params, state = jax.vmap(lambda *a: take(self._build, *a))(
+        z_next, params, state = jax.vmap(lambda *a: take(self._build, k == 0, *a))(
             _in_default_dtype(z), _in_default_dtype(fz), *memory
         )
         params, state = _tree.cast_like((params, state), (memory.params, memory.state))
-        fresh = jnp.zeros_like(memory.fresh)
-        return _tree.cast_like(z_next, z), FromJaxoptMemory(params, state, fresh)
+        return _tree.cast_like(z_next, z), FromJaxoptMemory(params, state)
 
     def _build(self, function: Callable[[PyTree], PyTree]) -> Any:
         name = self.method.__name__
@@ -121,21 +117,21 @@ Step = tuple[PyTree, PyTree, PyTree]
 
 
 def _step_of_map(
-    build: Callable, z: PyTree, fz: PyTree, params: PyTree, state: PyTree, fresh: Array
+    build: Callable, first: Array, z: PyTree, fz: PyTree, params: PyTree, state: PyTree
 ) -> Step:
     """For solvers whose ``update`` evaluates the map once, at a point that it chooses first.
 
     That point is the iterate ``z`` here: the value is known when ``update`` asks for it, and where
     the next ``update`` will ask is seen by giving it the identity for the map.
     """
-    del z, fresh
+    solver = build(lambda point: point)
+    params, state = _choose(first, (z, solver.init_state(z)), (params, state))
     params, state = build(lambda _: fz).update(params, state)
-    z_next, _ = build(lambda point: point).update(params, state)
-    return z_next, params, state
+    return solver.update(params, state)[0], params, state
 
 
 def _step_of_root(
-    build: Callable, z: PyTree, fz: PyTree, params: PyTree, state: PyTree, fresh: Array
+    build: Callable, first: Array, z: PyTree, fz: PyTree, params: PyTree, state: PyTree
 ) -> Step:
     """For solvers whose ``update`` chooses the next point from a known value, then evaluates it.
 
@@ -148,7 +144,7 @@ def _step_of_root(
         jnp.all(a == b)
         for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(state.value), strict=True)
     ]
-    hold = fresh | jnp.all(jnp.stack(still))
+    hold = first | jnp.all(jnp.stack(still))
     ones = jax.tree.map(jnp.ones_like, z)
     harmless = build(lambda _: ones).init_state(z)
     before = _choose(hold, harmless, state)
@@ -156,7 +152,7 @@ def _step_of_root(
     moved = build(lambda _: after).update(params, before)[1]
 
     solver = build(lambda _: value)
-    state = _choose(fresh, solver.init_state(z), _choose(hold, state, moved))
+    state = _choose(first, solver.init_state(z), _choose(hold, state, moved))
     return solver.update(z, state)[0], z, state
 
 

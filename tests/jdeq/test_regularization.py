@@ -104,6 +104,15 @@ def test_spectral_radius_of_real_pairs_of_either_sign_and_of_none():
     np.testing.assert_array_equal(radius(jnp.zeros((1, 3, 3))), [0.0])
 
 
+@pytest.mark.parametrize("n", [5, 50])
+def test_spectral_radius_is_as_accurate_as_documented(n):
+    x = jnp.array(np.random.default_rng(n).normal(size=(200, n, n)))
+    want = np.abs(np.linalg.eigvals(x)).max(1)
+    for steps, error in ((100, 0.02), (400, 0.002)):
+        got = jax.jit(radius_of, static_argnames="steps")(x, steps=steps)
+        assert np.quantile(np.abs(got / want - 1), 0.95) < error
+
+
 def test_spectral_radius_of_a_cell_under_vmap_and_with_a_bad_neighbour():
     p = problems.tanh()
     f = problems.tanh_cell(p.params, p.answer, p.x)
