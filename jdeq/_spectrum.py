@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jdeq import _tree, _windows
+from jdeq import _tree
 
 PyTree = Any
 
@@ -24,12 +26,12 @@ _ROUNDING = 100
 
 
 class _Arnoldi(NamedTuple):
-    """An orthonormal Krylov basis, every leaf ``[B, m + 1, ...]``, and ``V^T A V``, ``[B, m, m]``.
+    """An orthonormal Krylov basis ``[B, m + 1, n]``, and ``V^T A V``, ``[B, m, m]``.
 
     ``used`` counts the basis vectors that are not zero, int32 ``[B]``.
     """
 
-    basis: PyTree
+    basis: Array
     projected: Array
     used: Array
 
@@ -110,33 +112,46 @@ def _normalised(v: PyTree) -> PyTree:
 
 
 def _arnoldi(matvec: Callable[[PyTree], PyTree], start: PyTree, dimension: int) -> _Arnoldi:
-    size = _tree.norm(start)
-    basis = _windows.write(
-        _windows.empty(start, dimension + 1), _normalised(start), jnp.zeros((), jnp.int32)
-    )
-    count = size.shape[0]
-    projected = jnp.zeros((count, dimension, dimension), size.dtype)
-    used = jnp.where(size > 0, 1, 0).astype(jnp.int32)
+    first = _flat(_normalised(start))
+    count, eps = first.shape[0], jnp.finfo(first.dtype).eps
+    for leaf in jax.tree.leaves(start):
+        eps = max(eps, jnp.finfo(leaf.dtype).eps)
+    basis = jnp.zeros((count, dimension + 1, first.shape[1]), first.dtype).at[:, 0].set(first)
+    projected = jnp.zeros((count, dimension, dimension), first.dtype)
+    used = jnp.any(first != 0, axis=1).astype(jnp.int32)
 
     def extend(j: Array, state: _Arnoldi) -> _Arnoldi:
-        newest = _windows.read(state.basis, j, start)
-        w = matvec(newest)
-        whole = _tree.norm(w)
-        column = jnp.zeros((count, dimension + 1), size.dtype)
+        w = _flat(matvec(_like(state.basis[:, j], start)))
+        whole = jnp.linalg.norm(w, axis=1)
+        column = jnp.zeros((count, dimension + 1), w.dtype)
         for _ in range(2):
-            (along,) = _windows.products(state.basis, [w])
-            w = _tree.subtract(w, _windows.combine(state.basis, along, w))
+            along = jnp.einsum("bmn,bn->bm", state.basis, w, precision=lax.Precision.HIGHEST)
+            w -= jnp.einsum("bmn,bm->bn", state.basis, along, precision=lax.Precision.HIGHEST)
             column += along
-        length = _tree.norm(w)
-        eps = max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(w))
+        length = jnp.linalg.norm(w, axis=1)
         alive = length > _ROUNDING * eps * whole
-        length = jnp.where(alive, length, 0)
-        column = column.at[:, j + 1].set(length)
-        w = _tree.scale(jnp.where(alive, 1 / jnp.where(alive, length, 1), 0), w)
+        column = column.at[:, j + 1].set(jnp.where(alive, length, 0))
+        w *= jnp.where(alive, 1 / jnp.where(alive, length, 1), 0)[:, None]
         return _Arnoldi(
-            basis=_windows.write(state.basis, w, j + 1),
+            basis=state.basis.at[:, j + 1].set(w),
             projected=state.projected.at[:, :, j].set(column[:, :dimension]),
             used=state.used + alive,
         )
 
     return lax.fori_loop(0, dimension, extend, _Arnoldi(basis, projected, used))
+
+
+def _flat(tree: PyTree) -> Array:
+    """All numbers of each problem in a row, ``[B, n]``, in the dtype of their inner products."""
+    leaves = jax.tree.leaves(tree)
+    rows = [v.reshape(v.shape[0], -1).astype(_tree.accumulation_dtype(v.dtype)) for v in leaves]
+    return jnp.concatenate(rows, axis=1)
+
+
+def _like(rows: Array, tree: PyTree) -> PyTree:
+    """Undoes ``_flat``."""
+    leaves, structure = jax.tree.flatten(tree)
+    ends = np.cumsum([math.prod(v.shape[1:]) for v in leaves])[:-1]
+    parts = jnp.split(rows, ends, axis=1)
+    shaped = [p.reshape(v.shape).astype(v.dtype) for p, v in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)

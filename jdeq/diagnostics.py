@@ -34,8 +34,9 @@ _GMRES_RESTARTS = 5
 class Diagnosis:
     """What is known of a solution; every array has one entry a problem, ``[B]``.
 
-    ``print`` shows a table and the advice. In what follows ``z*(x)`` is the equilibrium, ``J`` its
-    derivative ``(I - df/dz)^-1 df/dx``, and ``h(x) = l(z*(x), x)`` the reduced objective.
+    ``print`` shows a table and the advice. What cannot be known of a problem is NaN. In what
+    follows ``z*(x)`` is the equilibrium, ``J`` its derivative ``(I - df/dz)^-1 df/dx``, and
+    ``h(x) = l(z*(x), x)`` the reduced objective.
 
     Attributes:
         solution: the solution that was looked at.
@@ -80,8 +81,8 @@ class Diagnosis:
     @property
     def largest_stable_step(self) -> Array:
         """``2 / hessian_largest``: gradient descent on x with a longer step diverges, ``[B]``."""
-        curved = self.hessian_largest > 0
-        return jnp.where(curved, 2 / jnp.where(curved, self.hessian_largest, 1), jnp.inf)
+        curvature = self.hessian_largest
+        return jnp.where(curvature <= 0, jnp.inf, 2 / jnp.where(curvature == 0, 1, curvature))
 
     @property
     def advice(self) -> list[str]:
@@ -208,12 +209,15 @@ def _diagnose(
     reduced = _Reduced.at(pure, given, at, linear_rtol)
     kernel = reduced.kernel_range(keys[1], dimension)
     hessian = reduced.hessian_range(keys[2], dimension)
+    # A slope that is not finite leaves nothing to solve for: zeros would pass for measurements.
+    known = jnp.isfinite(reduced.adjoint_residual)
+    hessian = _Range(*(jnp.where(known, value, jnp.nan) for value in hessian))
 
     size, scale = 1 + _tree.norm(at.x), jnp.abs(evaluation.objective)
     scale = jnp.where(scale > 0, scale, 1)
     if step_size is None:
-        curved = hessian.largest > 0
-        step = jnp.where(curved, 1 / jnp.where(curved, hessian.largest, 1), size**2 / scale)
+        flat = hessian.largest <= 0
+        step = jnp.where(flat, size**2 / scale, 1 / jnp.where(flat, 1, hessian.largest))
     else:
         step = jnp.broadcast_to(jnp.asarray(step_size, size.dtype), size.shape)
     return Diagnosis(
@@ -399,4 +403,5 @@ def _ratio(largest: Array, smallest: Array) -> Array:
     """``largest / smallest``, infinite where the smaller is not positive beyond rounding."""
     eps = jnp.finfo(largest.dtype).eps
     positive = smallest > 10 * eps * jnp.abs(largest)
-    return jnp.where(positive, largest / jnp.where(positive, smallest, 1), jnp.inf)
+    ratio = jnp.where(positive, largest / jnp.where(positive, smallest, 1), jnp.inf)
+    return jnp.where(jnp.isnan(smallest), jnp.nan, ratio)

@@ -213,6 +213,10 @@ def test_a_bad_problem_changes_nobody_elses_numbers():
     clean, sick = toy(target=1.0), toy(target=np.nan)
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(sick), strict=True):
         np.testing.assert_array_equal(a[0], b[0])
+    unknown = (sick.hessian_largest, sick.hessian_condition, sick.largest_stable_step)
+    for value in (*unknown, sick.step_size, sick.augmented_radius):
+        assert np.isnan(value[1])
+    np.testing.assert_allclose(sick.state_radius[1], 0.5)  # of the cell alone
 
 
 def test_the_unfinished_block_is_named():
