@@ -19,7 +19,7 @@ class _Arnoldi(NamedTuple):
 
     Attributes:
         j: number of basis vectors multiplied so far, int32 scalar.
-        basis: every leaf ``[B, m + 1, ...]``; vectors not there yet are zero.
+        basis: every leaf ``[B, m + 1, n]``; vectors not there yet are zero.
         triangle: ``[B, m, m]``, upper triangular.
         cosines: of the rotations that made it so, ``[B, m]``.
         sines: likewise.
@@ -74,23 +74,23 @@ def gmres(
         return (state.j < dimension) & jnp.any(active(state))
 
     def extend(state: _Arnoldi) -> _Arnoldi:
-        return _extend(matvec, state, active(state))
+        return _extend(matvec, state, active(state), b)
 
     state = lax.while_loop(running, extend, start)
     weights = _back_substitute(state.triangle, state.rhs[:, :dimension], state.j)
     last = jnp.zeros((shape[0], 1), weights.dtype)
-    return _windows.combine(state.basis, jnp.concatenate([weights, last], axis=1)), state.spent
+    return _windows.combine(state.basis, jnp.concatenate([weights, last], axis=1), b), state.spent
 
 
-def _extend(matvec: Callable, state: _Arnoldi, active: Array) -> _Arnoldi:
+def _extend(matvec: Callable, state: _Arnoldi, active: Array, like: PyTree) -> _Arnoldi:
     """One more basis vector, by Gram-Schmidt done twice, and one more column of the triangle."""
     j, dimension = state.j, state.cosines.shape[1]
-    newest = jax.tree.map(lambda v: lax.dynamic_index_in_dim(v, j, 1, keepdims=False), state.basis)
+    newest = _windows.read(state.basis, j, like)
     w = matvec(newest)
     column = jnp.zeros_like(state.rhs)
     for _ in range(2):
         (along,) = _windows.products(state.basis, [w])
-        w = _tree.subtract(w, _windows.combine(state.basis, along))
+        w = _tree.subtract(w, _windows.combine(state.basis, along, w))
         column += along
     length = _tree.norm(w)
     column = column.at[:, j + 1].set(length)
@@ -139,3 +139,131 @@ def _back_substitute(triangle: Array, rhs: Array, columns: Array) -> Array:
     triangle += jnp.where(used, 0, 1)[:, :, None] * jnp.eye(dimension, dtype=triangle.dtype)
     rhs = jnp.where(used, rhs, 0)
     return lax.linalg.triangular_solve(triangle, rhs[:, :, None], left_side=True)[:, :, 0]
+
+
+class _BiCGStab(NamedTuple):
+    """Where the iteration stands; the names are van der Vorst's.
+
+    Attributes:
+        u: the iterate.
+        r: its residual, as the recurrence has it.
+        p: search direction.
+        v: ``A p``.
+        rho: ``shadow . r`` of the last iteration, ``[B]``.
+        alpha: step along ``p``, ``[B]``.
+        omega: step along the stabilising residual, ``[B]``.
+        best: the iterate of least residual so far.
+        least: norm of that residual, ``[B]``.
+        going: problems that have neither converged nor broken down, bool ``[B]``.
+        done: iterations so far, int32 scalar.
+        spent: matrix-vector products, int32 ``[B]``.
+    """
+
+    u: PyTree
+    r: PyTree
+    p: PyTree
+    v: PyTree
+    rho: Array
+    alpha: Array
+    omega: Array
+    best: PyTree
+    least: Array
+    going: Array
+    done: Array
+    spent: Array
+
+
+def bicgstab(
+    matvec: Callable[[PyTree], PyTree], b: PyTree, *, iterations: int, rtol: float
+) -> tuple[PyTree, Array]:
+    """Approximates ``A u = b`` by stabilised biconjugate gradients, from ``u = 0``.
+
+    The method of van der Vorst (1992) with the right-hand side for shadow residual. Every problem
+    has its own coefficients and stops on its own, also where a denominator of its own vanishes: it
+    then has the best iterate it got to, from which the caller may start again.
+
+    Args:
+        matvec: ``A`` applied to a pytree like ``b``; linear, and independent across problems.
+        b: right-hand side, every leaf ``[B, ...]``.
+        iterations: limit on the iterations, of two products each.
+        rtol: a problem stops at ``||A u - b|| <= rtol ||b||``, by the recurrence's residual.
+
+    Returns:
+        The iterate of least residual, like ``b``, and the products with ``A`` that each problem
+        took, int32 ``[B]``.
+    """
+    size = _tree.norm(b)
+    zeros, ones = _tree.zeros_like(b), jnp.ones_like(size)
+    start = _BiCGStab(
+        u=zeros,
+        r=b,
+        p=zeros,
+        v=zeros,
+        rho=ones,
+        alpha=ones,
+        omega=ones,
+        best=zeros,
+        least=size,
+        going=size > 0,
+        done=jnp.zeros((), jnp.int32),
+        spent=jnp.zeros(size.shape, jnp.int32),
+    )
+
+    def running(state: _BiCGStab) -> Array:
+        return (state.done < iterations) & jnp.any(state.going)
+
+    def body(state: _BiCGStab) -> _BiCGStab:
+        new = _iterate_bicgstab(matvec, b, state, rtol * size)
+        kept = [_tree.select(state.going, *pair) for pair in zip(new, state, strict=True)]
+        return _BiCGStab(*kept)._replace(done=state.done + 1)
+
+    state = lax.while_loop(running, body, start)
+    return state.best, state.spent
+
+
+def _iterate_bicgstab(
+    matvec: Callable, shadow: PyTree, state: _BiCGStab, tolerance: Array
+) -> _BiCGStab:
+    """One iteration of every problem, whether it is going or not."""
+    unit = jnp.finfo(state.rho.dtype).eps
+    shadow_size = _tree.norm(shadow)
+
+    rho = _tree.dot(shadow, state.r)
+    beta = _divide(rho, state.rho) * _divide(state.alpha, state.omega)
+    back = _tree.subtract(state.p, _tree.scale(state.omega, state.v))
+    p = _tree.add(state.r, _tree.scale(beta, back))
+    v = matvec(p)
+    curvature = _tree.dot(shadow, v)
+    alpha = _divide(rho, curvature)
+    s = _tree.subtract(state.r, _tree.scale(alpha, v))
+    t = matvec(s)
+    t_dot_s, t_dot_t = _tree.dot(t, s), _tree.dot(t, t)
+    omega = _divide(t_dot_s, t_dot_t)
+    u = _tree.add(state.u, _tree.add(_tree.scale(alpha, p), _tree.scale(omega, s)))
+    r = _tree.subtract(s, _tree.scale(omega, t))
+
+    least = _tree.norm(r)
+    # Within rounding of zero, the next coefficients would be noise.
+    sound = jnp.abs(rho) > unit * shadow_size * _tree.norm(state.r)
+    sound &= jnp.abs(curvature) > unit * shadow_size * _tree.norm(v)
+    sound &= jnp.abs(t_dot_s) > unit * _tree.norm(s) * jnp.sqrt(t_dot_t)
+    better = least < state.least
+    return _BiCGStab(
+        u=u,
+        r=r,
+        p=p,
+        v=v,
+        rho=rho,
+        alpha=alpha,
+        omega=omega,
+        best=_tree.select(better, u, state.best),
+        least=jnp.where(better, least, state.least),
+        going=sound & (least > tolerance),
+        done=state.done,
+        spent=state.spent + 2,
+    )
+
+
+def _divide(a: Array, b: Array) -> Array:
+    """``a / b``, zero where ``b`` is."""
+    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1), 0)

@@ -20,8 +20,9 @@ class BroydenMemory(NamedTuple):
     Attributes:
         last_z: previous iterate.
         last_g: residual there, like z.
-        left: every leaf ``[B, window, ...]``.
-        right: every leaf ``[B, window, ...]``.
+        last_direction: the estimate times that residual, like z.
+        left: every leaf ``[B, window, n]``.
+        right: every leaf ``[B, window, n]``.
         kept: which slots belong to the estimate, bool ``[B, window]``.
         written: updates written so far, int32 ``[B]``: the next goes to this slot, modulo the
             window.
@@ -29,6 +30,7 @@ class BroydenMemory(NamedTuple):
 
     last_z: PyTree
     last_g: PyTree
+    last_direction: PyTree
     left: PyTree
     right: PyTree
     kept: Array
@@ -76,7 +78,8 @@ class Broyden:
         zeros = _tree.zeros_like(z)
         count = _tree.problem_count(z)
         kept = jnp.zeros((count, self.window), bool)
-        return BroydenMemory(zeros, zeros, windows, windows, kept, jnp.zeros(count, jnp.int32))
+        written = jnp.zeros(count, jnp.int32)
+        return BroydenMemory(zeros, zeros, zeros, windows, windows, kept, written)
 
     def step(
         self, z: PyTree, fz: PyTree, memory: BroydenMemory, k: Array
@@ -89,11 +92,20 @@ class Broyden:
         # its own empty.
         written = jnp.max(memory.written)
         slot = jnp.mod(written, self.window)
-        kept = memory.kept & ~((slot == 0) & (k > 0))
+        dropped = (slot == 0) & (k > 0)
+        kept = memory.kept & ~dropped
 
-        right_y, right_g = _windows.products(memory.right, [y, g])
-        h_y = self._estimate(memory.left, kept * right_y, y)
+        (right_g,) = _windows.products(memory.right, [g])
         h_g = self._estimate(memory.left, kept * right_g, g)
+        # H y is the difference of two such products, the last of which is known.
+        h_y = jax.tree.map(
+            lambda new, old, last: (
+                new - jnp.where(dropped, -jnp.asarray(self.mixing, last.dtype) * last, old)
+            ),
+            h_g,
+            memory.last_direction,
+            memory.last_g,
+        )
         v = y
         if self.kind == "good":
             (left_s,) = _windows.products(memory.left, [s])
@@ -108,17 +120,23 @@ class Broyden:
         return z_next, BroydenMemory(
             last_z=z,
             last_g=g,
+            last_direction=direction,
             left=_windows.write(memory.left, u, slot),
             right=_windows.write(memory.right, v, slot),
             kept=(kept & (jnp.arange(self.window) != slot)) | new,
             written=jnp.full_like(memory.written, written + (k > 0)),
         )
 
+    def transposed_inverse(self, memory: BroydenMemory, v: PyTree) -> PyTree:
+        """``-H^T v``; see ``InverseEstimator.transposed_inverse``."""
+        (left_v,) = _windows.products(memory.left, [v])
+        return jax.tree.map(jnp.negative, self._estimate(memory.right, memory.kept * left_v, v))
+
     def _estimate(self, window: PyTree, weights: Array, w: PyTree) -> PyTree:
         """``-mixing w + sum_j weights_j window_j``: the estimate, or its transpose, times ``w``."""
         return jax.tree.map(
             lambda a, b: a - jnp.asarray(self.mixing, b.dtype) * b,
-            _windows.combine(window, weights),
+            _windows.combine(window, weights, w),
             w,
         )
 
