@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdeq import _options, _tree
+from jdeq import _tree
 from jdeq.adjoints import base
-from jdeq.equilibrium import Controls, Equilibrium, RunOptions
+from jdeq.adjoints.options import BackwardOptions
+from jdeq.equilibrium import Controls, Equilibrium
 from jdeq.solution import Solution
-from jdeq.solvers.base import Solver
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Implicit:
+class Implicit(BackwardOptions):
     """Implicit differentiation with the adjoint equation solved by a fixed-point solver.
 
     For ``z = f(theta, z)`` and a cotangent ``v`` of ``z``, the gradient is ``u^T df/dtheta`` where
@@ -32,25 +32,9 @@ class Implicit:
     A problem whose forward solve diverged or was not finite contributes zero, and so does one
     whose backward solve did; ``backward_probe`` makes the latter visible.
 
-    Attributes:
-        solver: solver of the adjoint equation; None is the forward one.
-        rtol: its relative tolerance; None is the forward one.
-        atol: its absolute tolerance, as a fraction of the cotangent's norm, so that a small loss is
-            differentiated as precisely as a large one; None is the forward one.
-        max_steps: its step limit; None is the forward one, the step budget included.
-
-    Raises:
-        TypeError: if ``solver`` is not a solver.
-        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    ``solver``, ``rtol``, ``atol`` and ``max_steps`` of the adjoint equation, whose right-hand side
+    is the cotangent: see ``jdeq.adjoints.BackwardOptions``.
     """
-
-    solver: Solver | None = None
-    rtol: float | None = None
-    atol: float | None = None
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_backward_options("Implicit", self.solver, self.rtol, self.atol, self.max_steps)
 
     def solve(
         self,
@@ -139,33 +123,7 @@ class Implicit:
             _, vjp = jax.vjp(lambda z: equilibrium.f(theta, inputs, z), z)
             return lambda u: _tree.add(vjp(u)[0], v)
 
-        backward = Equilibrium(
-            bind,
-            RunOptions(
-                self.solver or equilibrium.options.solver,
-                self.max_steps or equilibrium.options.max_steps,
-                compaction=equilibrium.options.compaction,
-            ),
-        )
-        atol = controls.atol if self.atol is None else self.atol
-        controls = Controls(
-            rtol=controls.rtol if self.rtol is None else self.rtol,
-            atol=atol * _tree.norm(cotangent),
-            budget=controls.budget if self.max_steps is None else None,
-        )
+        backward = Equilibrium(bind, self.run_options(equilibrium.options))
+        controls = self.controls(controls, _tree.norm(cotangent))
         start = cotangent if start is None else start
         return self.solve(backward, theta, (inputs, z, cotangent), start, controls, None)
-
-
-def check_backward_options(
-    owner: str, solver: Any, rtol: Any, atol: Any, max_steps: int | None
-) -> None:
-    """Refuses options of a backward solve that are out of range."""
-    if solver is not None:
-        _options.check_instance(owner, "solver", solver, Solver, "jdeq.solvers.Anderson()")
-    if rtol is not None:
-        _options.check_nonnegative(owner, "rtol", rtol)
-    if atol is not None:
-        _options.check_nonnegative(owner, "atol", atol)
-    if max_steps is not None:
-        _options.check_count(owner, "max_steps", max_steps)

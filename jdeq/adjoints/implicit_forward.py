@@ -7,21 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _closures, _tree
 from jdeq.adjoints import base
-from jdeq.adjoints.implicit import check_backward_options
-from jdeq.equilibrium import Controls, Equilibrium, RunOptions
+from jdeq.adjoints.options import BackwardOptions
+from jdeq.equilibrium import Controls, Equilibrium
 from jdeq.solution import Solution
-from jdeq.solvers.base import Solver
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class ImplicitForward:
+class ImplicitForward(BackwardOptions):
     """Implicit differentiation in every mode: ``jvp``, ``jacfwd``, ``grad``, ``hessian``.
 
     The derivative of ``z = f(theta, z)`` along a change of theta is the solution of
@@ -30,25 +28,9 @@ class ImplicitForward:
     of any order are exact. A problem whose forward solve failed has a derivative of zero. The
     outcome of the linear solve cannot be read here; where that matters take ``Implicit``.
 
-    Attributes:
-        solver: solver of the linear equations; None is the forward one.
-        rtol: its relative tolerance; None is the forward one.
-        atol: its absolute tolerance, as a fraction of the right-hand side's norm; None is the
-            forward one.
-        max_steps: its step limit; None is the forward one, the step budget included.
-
-    Raises:
-        TypeError: if ``solver`` is not a solver.
-        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    ``solver``, ``rtol``, ``atol`` and ``max_steps`` of the linear equations: see
+    ``jdeq.adjoints.BackwardOptions``.
     """
-
-    solver: Solver | None = None
-    rtol: float | None = None
-    atol: float | None = None
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_backward_options("ImplicitForward", self.solver, self.rtol, self.atol, self.max_steps)
 
     def solve(
         self,
@@ -119,22 +101,8 @@ class ImplicitForward:
         def step(captured: PyTree, b: PyTree, u: PyTree) -> PyTree:
             return _tree.add(_tree.subtract(u, linear(captured, u)), b)
 
-        at = Equilibrium.of(
-            step,
-            RunOptions(
-                self.solver or equilibrium.options.solver,
-                self.max_steps or equilibrium.options.max_steps,
-            ),
-        )
-        atol = controls.atol if self.atol is None else self.atol
-        found = at.run(
-            captured,
-            b,
-            b,
-            Controls(
-                rtol=controls.rtol if self.rtol is None else self.rtol,
-                atol=jnp.asarray(atol) * _tree.norm(b),
-                budget=controls.budget if self.max_steps is None else None,
-            ),
-        )
+        # jacfwd maps this solve, and compaction is not for use under vmap.
+        options = dataclasses.replace(self.run_options(equilibrium.options), compaction=0)
+        at = Equilibrium.of(step, options)
+        found = at.run(captured, b, b, self.controls(controls, _tree.norm(b)))
         return base.mask_problems(base.failed(found.result), found.value)

@@ -7,21 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _tree
 from jdeq.adjoints import base
-from jdeq.adjoints.implicit import Implicit, check_backward_options
+from jdeq.adjoints.implicit import Implicit
+from jdeq.adjoints.options import BackwardOptions
 from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.solution import Solution
-from jdeq.solvers.base import Solver
 from jdeq.solvers.newton_krylov import NewtonKrylov
 
 PyTree = Any
 
+_SOLVER = NewtonKrylov(dimension=50, forcing=0.01)
+
 
 @dataclasses.dataclass(frozen=True)
-class KKTImplicit:
+class KKTImplicit(BackwardOptions):
     """Implicit differentiation of the whole KKT point ``s = (z*, x*, mu*)``.
 
     The point is the fixed point of the augmented map
@@ -40,25 +43,12 @@ class KKTImplicit:
     Where the Hessian of the reduced objective is singular ``x*`` is not unique and has no
     derivative; the backward solve then does not converge, which ``backward_probe`` shows.
 
-    Attributes:
-        solver: solver of the equation for w; None is ``NewtonKrylov(dimension=50, forcing=0.01)``,
-            that is restarted GMRES, which needs no contraction.
-        rtol: its tolerance, as a fraction of the cotangent's norm; None is the joint solve's.
-        atol: added to it; None is the joint solve's.
-        max_steps: its step limit; None is the joint solve's, the step budget included.
-
-    Raises:
-        TypeError: if ``solver`` is not a solver.
-        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    ``solver``, ``rtol``, ``atol`` and ``max_steps`` of the equation for w: see
+    ``jdeq.adjoints.BackwardOptions``, with two differences. No ``solver`` is
+    ``NewtonKrylov(dimension=50, forcing=0.01)``, that is restarted GMRES, which needs no
+    contraction. And ``rtol`` and ``atol`` add up to one tolerance, a fraction of the cotangent's
+    norm: the solution of a singular system is huge, and a residual small beside it means nothing.
     """
-
-    solver: Solver | None = None
-    rtol: float | None = None
-    atol: float | None = None
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_backward_options("KKTImplicit", self.solver, self.rtol, self.atol, self.max_steps)
 
     def solve(
         self,
@@ -72,8 +62,8 @@ class KKTImplicit:
     ) -> Solution:
         """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
         del cell
-        solver = self.solver or NewtonKrylov(dimension=50, forcing=0.01)
-        implicit = Implicit(solver, max_steps=self.max_steps)
+        options = self.run_options(RunOptions(_SOLVER, max_steps))
+        implicit = Implicit(options.solver, max_steps=self.max_steps)
 
         @jax.custom_vjp
         def solve(given, start, controls, probe):
@@ -90,12 +80,12 @@ class KKTImplicit:
             point = point._replace(mu=_tree.scale(1 / units.objective, point.mu))
             v = v._replace(mu=_tree.scale(units.objective, v.mu))
             theta_bar, (target_bar, rest_bar, _), adjoint = implicit.pull_back(
-                Equilibrium.of(run.augmented_map, RunOptions(solver, self.max_steps or max_steps)),
+                Equilibrium.of(run.augmented_map, options),
                 given.theta,
                 (given.target, given.rest, units),
                 dataclasses.replace(solution, value=point),
                 v,
-                self._controls(controls),
+                self._in_proportion(controls),
             )
             given_bar = type(given)(theta_bar, target_bar, rest_bar)
             return given_bar, None, None, base.probe_cotangent(probe, adjoint)
@@ -103,11 +93,7 @@ class KKTImplicit:
         solve.defvjp(forward, backward)
         return solve(given, start, controls, probe)
 
-    def _controls(self, forward: Controls) -> Controls:
-        """All tolerance in proportion to the cotangent.
-
-        The solution of a singular system is huge, and a residual small beside it means nothing.
-        """
-        rtol = forward.rtol if self.rtol is None else self.rtol
-        atol = forward.atol if self.atol is None else self.atol
-        return Controls(rtol=0.0, atol=rtol + atol, budget=forward.budget)
+    def _in_proportion(self, forward: Controls) -> Controls:
+        """All tolerance as a fraction of the cotangent's norm."""
+        rtol, atol, budget = self.controls(forward, jnp.ones(()))[:3]
+        return Controls(rtol=0.0, atol=rtol + atol, budget=budget)

@@ -12,17 +12,17 @@ from jax import Array
 
 from jdeq import _tree
 from jdeq.adjoints import base
-from jdeq.adjoints.implicit import Implicit, check_backward_options
+from jdeq.adjoints.implicit import Implicit
+from jdeq.adjoints.options import BackwardOptions
 from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.solution import Solution
 from jdeq.solvers.anderson import Anderson
-from jdeq.solvers.base import Solver
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class StateImplicit:
+class StateImplicit(BackwardOptions):
     """Implicit gradient of ``z*`` at constant ``x*``, as in the published training code.
 
     For a cotangent ``v`` of ``z*`` it solves ``u = (df/dz)^T u + v`` and returns ``u^T df/dtheta``.
@@ -31,25 +31,10 @@ class StateImplicit:
     loss is a multiple of the inner one. ``x*`` and ``mu`` are constants: where the outer loss
     depends on how ``x*`` moves with the parameters, this is not its gradient.
 
-    Attributes:
-        solver: solver of the adjoint equation; None is ``Anderson()``.
-        rtol: its relative tolerance; None is the joint solve's.
-        atol: its absolute tolerance, as a fraction of the cotangent's norm; None is the joint
-            solve's.
-        max_steps: its step limit; None is the joint solve's, the step budget included.
-
-    Raises:
-        TypeError: if ``solver`` is not a solver.
-        ValueError: if a tolerance is negative or ``max_steps`` below 1.
+    ``solver``, ``rtol``, ``atol`` and ``max_steps`` of the adjoint equation: see
+    ``jdeq.adjoints.BackwardOptions``; what the forward solve has is the joint solve's tolerances
+    and limit, and ``Anderson()`` for a solver.
     """
-
-    solver: Solver | None = None
-    rtol: float | None = None
-    atol: float | None = None
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_backward_options("StateImplicit", self.solver, self.rtol, self.atol, self.max_steps)
 
     def solve(
         self,
@@ -62,9 +47,7 @@ class StateImplicit:
         probe: Array | None,
     ) -> Solution:
         """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
-        equilibrium = Equilibrium.of(
-            cell, RunOptions(self.solver or Anderson(), self.max_steps or max_steps)
-        )
+        equilibrium = Equilibrium.of(cell, self.run_options(RunOptions(Anderson(), max_steps)))
         implicit = Implicit(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
         @jax.custom_vjp
