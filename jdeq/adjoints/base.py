@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -123,6 +124,71 @@ def zero_tangent(leaf: Array) -> Any:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def refuse_probe(owner: str, probe: Array | None) -> None:
+    """Refuses a probe of a backward solve that does not take place."""
+    if probe is not None:
+        raise ValueError(
+            f"{owner}: a backward_probe was given, but this gradient has no backward solve that it "
+            f"could report; leave it out, or take jdeq.adjoints.Implicit()."
+        )
+
+
+PullBack = Callable[
+    [PyTree, PyTree, Solution, PyTree, Controls], tuple[PyTree, PyTree, Solution | None]
+]
+"""``pull_back(theta, inputs, solution, cotangent, controls)`` gives the cotangents of theta and
+inputs for one of ``solution.value``, and the outcome of a backward solve, if there was one."""
+
+
+def attach(
+    pull_back: PullBack,
+    equilibrium: Equilibrium,
+    theta: PyTree,
+    inputs: PyTree,
+    z0: PyTree,
+    controls: Controls,
+    probe: Array | None = None,
+) -> Solution:
+    """Runs the equilibrium with ``pull_back`` for its derivative; failed problems contribute zero.
+
+    Args:
+        pull_back: what a cotangent of the fixed point becomes; of failed problems it sees the
+            values and inputs of a good one, and a zero cotangent.
+        equilibrium: the map and its solver.
+        theta: what all problems share.
+        inputs: what each problem has of its own.
+        z0: the start; its gradient is zero.
+        controls: tolerances and budget.
+        probe: see ``Adjoint.solve``.
+
+    Returns:
+        The solution.
+    """
+
+    @jax.custom_vjp
+    def solve(theta, inputs, z0, controls, probe):
+        return equilibrium.run(theta, inputs, z0, controls)
+
+    def forward(theta, inputs, z0, controls, probe):
+        # Calling the wrapped solve, not the loop, lets JAX differentiate this rule again.
+        solution = solve(theta, inputs, z0, controls, probe)
+        return solution, (theta, inputs, solution, controls, probe)
+
+    def backward(saved, cotangent):
+        theta, inputs, solution, controls, probe = saved
+        bad = failed(solution.result)
+        z, inputs = donate(bad, (solution.value, inputs))
+        solution = dataclasses.replace(solution, value=z)
+        v = mask_problems(bad, cotangent.value)
+        theta_bar, inputs_bar, outcome = pull_back(theta, inputs, solution, v, controls)
+        theta_bar = mask_shared(jnp.all(bad), theta_bar)
+        probe_bar = None if outcome is None else probe_cotangent(probe, outcome)
+        return theta_bar, mask_problems(bad, inputs_bar), None, None, probe_bar
+
+    solve.defvjp(forward, backward)
+    return solve(theta, inputs, z0, controls, probe)
 
 
 def probe_cotangent(probe: Array | None, backward: Solution) -> Array | None:

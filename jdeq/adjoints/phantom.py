@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,9 +16,6 @@ from jdeq.equilibrium import Controls, Equilibrium
 from jdeq.solution import Solution
 
 PyTree = Any
-
-PullBack = Callable[[Equilibrium, PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
-"""``pull_back(equilibrium, theta, inputs, z, cotangent)`` gives cotangents of theta and inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +38,10 @@ class JacobianFree:
         probe: Array | None,
     ) -> Solution:
         """See ``jdeq.adjoints.Adjoint.solve``; there is no backward solve to probe."""
-        refuse_probe("JacobianFree", probe)
-        return solve_with(_one_step, equilibrium, theta, inputs, z0, controls)
+        base.refuse_probe("JacobianFree", probe)
+        return base.attach(
+            partial(pull_back_one_step, equilibrium), equilibrium, theta, inputs, z0, controls
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +86,23 @@ class Phantom:
         probe: Array | None,
     ) -> Solution:
         """See ``jdeq.adjoints.Adjoint.solve``; there is no backward solve to probe."""
-        refuse_probe("Phantom", probe)
+        base.refuse_probe("Phantom", probe)
         pull_back = self._neumann if self.kind == "neumann" else self._unrolled
-        return solve_with(pull_back, equilibrium, theta, inputs, z0, controls)
+        return base.attach(
+            partial(pull_back, equilibrium), equilibrium, theta, inputs, z0, controls
+        )
 
     def _neumann(
-        self, equilibrium: Equilibrium, theta: PyTree, inputs: PyTree, z: PyTree, v: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        _, vjp = jax.vjp(equilibrium.f, theta, inputs, z)
+        self,
+        equilibrium: Equilibrium,
+        theta: PyTree,
+        inputs: PyTree,
+        solution: Solution,
+        v: PyTree,
+        controls: Controls,
+    ) -> tuple[PyTree, PyTree, None]:
+        del controls
+        _, vjp = jax.vjp(equilibrium.f, theta, inputs, solution.value)
 
         # Horner's scheme for the sum: u <- v + ((1 - damping) I + damping J^T) u.
         def step(_: Array, u: PyTree) -> PyTree:
@@ -103,76 +111,39 @@ class Phantom:
         u = lax.fori_loop(1, self.steps, step, v)
         factor = jnp.asarray(self.damping)
         theta_bar, inputs_bar, _ = vjp(jax.tree.map(lambda w: factor.astype(w.dtype) * w, u))
-        return theta_bar, inputs_bar
+        return theta_bar, inputs_bar, None
 
     def _unrolled(
-        self, equilibrium: Equilibrium, theta: PyTree, inputs: PyTree, z: PyTree, v: PyTree
-    ) -> tuple[PyTree, PyTree]:
+        self,
+        equilibrium: Equilibrium,
+        theta: PyTree,
+        inputs: PyTree,
+        solution: Solution,
+        v: PyTree,
+        controls: Controls,
+    ) -> tuple[PyTree, PyTree, None]:
+        del controls
+
         def unroll(theta: PyTree, inputs: PyTree) -> PyTree:
             def step(z: PyTree, _: None) -> tuple[PyTree, None]:
                 return _tree.relax(z, equilibrium.f(theta, inputs, z), self.damping), None
 
-            return lax.scan(step, z, None, length=self.steps)[0]
+            return lax.scan(step, solution.value, None, length=self.steps)[0]
 
         _, vjp = jax.vjp(unroll, theta, inputs)
-        return vjp(v)
+        return (*vjp(v), None)
 
 
-def _one_step(
-    equilibrium: Equilibrium, theta: PyTree, inputs: PyTree, z: PyTree, v: PyTree
-) -> tuple[PyTree, PyTree]:
-    _, vjp = jax.vjp(lambda theta, inputs: equilibrium.f(theta, inputs, z), theta, inputs)
-    return vjp(v)
-
-
-def refuse_probe(owner: str, probe: Array | None) -> None:
-    """Refuses a probe of a backward solve that does not take place."""
-    if probe is not None:
-        raise ValueError(
-            f"{owner}: a backward_probe was given, but this gradient has no backward solve that it "
-            f"could report; leave it out, or take jdeq.adjoints.Implicit()."
-        )
-
-
-def solve_with(
-    pull_back: PullBack,
+def pull_back_one_step(
     equilibrium: Equilibrium,
     theta: PyTree,
     inputs: PyTree,
-    z0: PyTree,
+    solution: Solution,
+    u: PyTree,
     controls: Controls,
-) -> Solution:
-    """Runs the equilibrium with ``pull_back`` for its derivative; failed problems contribute zero.
-
-    Args:
-        pull_back: what cotangents of the fixed point become.
-        equilibrium: the map and its solver.
-        theta: what all problems share.
-        inputs: what each problem has of its own.
-        z0: the start; its gradient is zero.
-        controls: tolerances and budget.
-
-    Returns:
-        The solution.
-    """
-
-    @jax.custom_vjp
-    def solve(theta, inputs, z0, controls):
-        return equilibrium.run(theta, inputs, z0, controls)
-
-    def forward(theta, inputs, z0, controls):
-        # Calling the wrapped solve, not the loop, lets JAX differentiate this rule again.
-        solution = solve(theta, inputs, z0, controls)
-        return solution, (theta, inputs, solution)
-
-    def backward(saved, cotangent):
-        theta, inputs, solution = saved
-        bad = base.failed(solution.result)
-        z, inputs = base.donate(bad, (solution.value, inputs))
-        v = base.mask_problems(bad, cotangent.value)
-        theta_bar, inputs_bar = pull_back(equilibrium, theta, inputs, z, v)
-        theta_bar = base.mask_shared(jnp.all(bad), theta_bar)
-        return theta_bar, base.mask_problems(bad, inputs_bar), None, None
-
-    solve.defvjp(forward, backward)
-    return solve(theta, inputs, z0, controls)
+) -> tuple[PyTree, PyTree, None]:
+    """``u^T df/dtheta`` and ``u^T df/dinputs`` at the solution; see ``base.PullBack``."""
+    del controls
+    z = solution.value
+    _, vjp = jax.vjp(lambda theta, inputs: equilibrium.f(theta, inputs, z), theta, inputs)
+    return (*vjp(u), None)

@@ -11,7 +11,6 @@ from jax import Array, lax
 
 from jdeq import _tree
 from jdeq.adjoints import base
-from jdeq.adjoints.phantom import refuse_probe
 from jdeq.equilibrium import Controls, Equilibrium
 from jdeq.iterate import step_limit
 from jdeq.solution import Solution
@@ -40,7 +39,7 @@ class Unrolled:
         probe: Array | None,
     ) -> Solution:
         """See ``jdeq.adjoints.Adjoint.solve``; there is no backward solve to probe."""
-        refuse_probe("Unrolled", probe)
+        base.refuse_probe("Unrolled", probe)
 
         @jax.custom_vjp
         def solve(theta, inputs, z0, controls):

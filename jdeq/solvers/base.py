@@ -58,3 +58,20 @@ class Solver(Protocol):
             The next iterate and the next memory.
         """
         ...
+
+
+@runtime_checkable
+class InverseEstimator(Protocol):
+    """A quasi-Newton solver: its memory holds an estimate of an inverse Jacobian."""
+
+    def transposed_inverse(self, memory: PyTree, v: PyTree) -> PyTree:
+        """The estimate of ``(I - df/dz)^{-T} v``, per problem.
+
+        Args:
+            memory: what the last ``step`` returned.
+            v: a vector like ``z``, every leaf ``[B, ...]``.
+
+        Returns:
+            A vector like ``v``, linear in it.
+        """
+        ...
