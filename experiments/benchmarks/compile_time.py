@@ -56,12 +56,14 @@ class Options:
     Attributes:
         output: JSON file to write.
         problems: which problems.
+        libraries: which libraries.
         repeats: rounds; each compiles every contestant once.
         batch: problems a batch; None is 256, and 48 for mnist.
     """
 
     output: Path
     problems: tuple[str, ...] = ("dense", "mnist")
+    libraries: tuple[str, ...] = tuple(CONTESTANTS)
     repeats: int = 5
     batch: int | None = None
 
@@ -73,7 +75,7 @@ def main(options: Options) -> None:
     for name in options.problems:
         problem = PROBLEMS[name]() if options.batch is None else PROBLEMS[name](options.batch)
         rows[name] = {
-            "compile": compile_times(problem, options.repeats),
+            "compile": compile_times(problem, options.repeats, options.libraries),
             "programs_of_second_call": second_call(problem),
         }
     result = {
@@ -85,15 +87,15 @@ def main(options: Options) -> None:
     print(f"written to {options.output}")
 
 
-def compile_times(problem: Problem, repeats: int) -> dict[str, Any]:
+def compile_times(problem: Problem, repeats: int, libraries: tuple[str, ...]) -> dict[str, Any]:
     """Seconds of each part of each contestant."""
     programs: dict[str, Callable[[], tuple[Callable, ...]]] = {}
-    for library, pairs in CONTESTANTS.items():
+    for library in libraries:
         if importlib.util.find_spec(library) is None:
             print(f"{library} is not installed and left out")
             continue
         known = {c.name: c for c in getattr(jax_solvers, f"{library}_contestants")()}
-        for solver, backward in pairs:
+        for solver, backward in CONTESTANTS[library]:
             programs[f"{library}/{solver} | {backward}"] = functools.partial(
                 known[solver].programs, problem, backward
             )

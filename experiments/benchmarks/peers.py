@@ -81,6 +81,7 @@ class Entry:
         residual: the worst relative residual of the answer, or of its adjoint equation.
         error: what it raised, if it did.
         samples: seconds of each round.
+        cpu: seconds of all threads, of each round.
     """
 
     contestant: Any
@@ -90,6 +91,7 @@ class Entry:
     residual: float = float("inf")
     error: str | None = None
     samples: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -111,6 +113,7 @@ class Entry:
             row["error"] = self.error
         if self.samples:
             row["seconds"] = {**spread(self.samples), "rounds": len(self.samples)}
+            row["cpu_seconds"] = spread(self.cpu)
         return row
 
 
@@ -288,7 +291,8 @@ def timed(
     """The entries with the seconds of their runs."""
     samples = in_turns(runs, options.repeats, options.seconds)
     for entry in entries:
-        entry.samples = samples.get(entry.label, [])
+        if entry.label in samples:
+            entry.samples, entry.cpu = samples[entry.label]
     return entries
 
 
@@ -313,9 +317,8 @@ def report(title: str, entries: list[Entry]) -> dict[str, Any]:
     for entry in sorted(entries, key=lambda e: min(e.samples, default=np.inf)):
         if entry.samples:
             s = spread(np.array(entry.samples) * 1e3)
-            numbers = (
-                f"{s['min']:9.2f} ms at least, median {s['median']:.2f}, at most {s['max']:.2f}"
-            )
+            cpu = 1e3 * min(entry.cpu)
+            numbers = f"{s['min']:9.2f} ms at least, median {s['median']:.2f}, cpu {cpu:.2f}"
         else:
             numbers = "   missed" + ("" if entry.error else f", reached {entry.residual:.1e}")
         print(f"  {entry.label:62s} {numbers}" + (f"  {entry.error}" if entry.error else ""))

@@ -24,7 +24,7 @@ from jax import Array, lax
 
 import jdeq
 from experiments.benchmarks.problems import PROBLEMS, Problem
-from experiments.benchmarks.timing import seconds, spread, surroundings
+from experiments.benchmarks.timing import Seconds, seconds, spread, surroundings
 
 PyTree = Any
 
@@ -88,27 +88,41 @@ def measure(problem: Problem, options: Options) -> dict[str, Any]:
     contestants = {"bare": bare_loop(problem)}
     for name, solver in SOLVERS.items():
         contestants[name] = solve(problem, solver, options)
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    samples: dict[str, list[Seconds]] = {name: [] for name in contestants}
     for round_number in range(options.repeats + 1):
         for name, run in contestants.items():
-            spent = timed(run, options.long) - timed(run, options.short)
+            long, short = timed(run, options.long), timed(run, options.short)
             if round_number:  # The first one compiles.
-                samples[name].append(spent / (options.long - options.short))
-    rows = {}
-    for name, values in samples.items():
-        ratio = spread(np.array(values) / np.array(samples["bare"]), 4)
-        bar = BARS.get((problem.name, name))
-        rows[name] = {"ratio": ratio, "seconds_per_step": spread(values), "bar": bar}
-        print(
-            f"{problem.name:6s} {name:14s} {1e3 * np.median(values):8.3f} ms a step, "
-            f"{ratio['median']:.3f} times the bare loop ({ratio['min']:.3f} to {ratio['max']:.3f})"
-            + ("" if bar is None else f", to be at most {bar}"),
-            flush=True,
-        )
-    return rows
+                steps = options.long - options.short
+                samples[name].append(
+                    Seconds((long.wall - short.wall) / steps, (long.cpu - short.cpu) / steps)
+                )
+    columns = {name: Seconds(*np.array(values).T) for name, values in samples.items()}
+    return {name: row(problem.name, name, columns) for name in columns}
 
 
-def timed(run: Callable[[Array], PyTree], steps: int) -> float:
+def row(problem: str, name: str, columns: dict[str, Seconds]) -> dict[str, Any]:
+    """Print and return one contestant's ratios to the bare loop."""
+    own, bare = columns[name], columns["bare"]
+    ratio, cpu_ratio = spread(own.wall / bare.wall, 4), spread(own.cpu / bare.cpu, 4)
+    bar = BARS.get((problem, name))
+    print(
+        f"{problem:6s} {name:14s} {1e3 * np.median(own.wall):8.3f} ms a step, "
+        f"{ratio['median']:.3f} times the bare loop ({ratio['min']:.3f} to {ratio['max']:.3f}), "
+        f"{cpu_ratio['median']:.3f} in cpu time"
+        + ("" if bar is None else f", to be at most {bar}"),
+        flush=True,
+    )
+    return {
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "seconds_per_step": spread(own.wall),
+        "cpu_seconds_per_step": spread(own.cpu),
+        "bar": bar,
+    }
+
+
+def timed(run: Callable[[Array], PyTree], steps: int) -> Seconds:
     """Seconds of one run of so many steps."""
     budget = jax.block_until_ready(jnp.asarray(steps))
     return seconds(lambda: run(budget))

@@ -7,17 +7,30 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one run; what it returns is waited for, arrays of other libraries pass."""
-    started = time.perf_counter()
+class Seconds(NamedTuple):
+    """What runs took.
+
+    Attributes:
+        wall: by the clock.
+        cpu: of all threads of this process: the work, whatever else the machine does meanwhile.
+            Threads that wait without sleeping count too.
+    """
+
+    wall: Any
+    cpu: Any
+
+
+def seconds(run: Callable[[], Any]) -> Seconds:
+    """Time of one run; what it returns is waited for, arrays of other libraries pass."""
+    wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
-    return time.perf_counter() - started
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def in_turns(
@@ -25,22 +38,22 @@ def in_turns(
     repeats: int,
     limit: float = float("inf"),
     fewest: int = 5,
-) -> dict[str, list[float]]:
-    """Seconds of every contestant in each round.
+) -> dict[str, Seconds]:
+    """Seconds, lists of them, of every contestant in each round.
 
     A round times every contestant once, so that a machine that becomes slow is so for all of them.
     There are ``repeats`` rounds, or as many as ``limit`` seconds allow, but ``fewest`` at least.
     """
     for run in contestants.values():
         jax.block_until_ready(run())
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    samples: dict[str, list[Seconds]] = {name: [] for name in contestants}
     started = time.perf_counter()
     for number in range(repeats):
         if number >= fewest and time.perf_counter() - started > limit:
             break
         for name, run in contestants.items():
             samples[name].append(seconds(run))
-    return samples
+    return {name: Seconds(*map(list, zip(*runs, strict=True))) for name, runs in samples.items()}
 
 
 def spread(values: Any, digits: int = 5) -> dict[str, float]:
