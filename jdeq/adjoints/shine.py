@@ -33,10 +33,14 @@ class Shine:
 
     The gradient is biased, by as much as the estimate is wrong in the direction ``v``, which the
     forward solve knew nothing of: an estimate knows only directions in which the iteration moved,
-    and is ``mixing`` times the identity elsewhere. It is exact for an affine map in whose window
-    there are as many independent steps as there are dimensions. Broyden empties its window whenever
-    it is full, so give it at least as many slots as steps. Reverse mode only; in a second
-    derivative the estimate is a constant.
+    and is ``mixing`` times the identity elsewhere. Anderson's is exact for an affine map in whose
+    window there are as many independent steps as dimensions. Broyden's is not even then, as an
+    update keeps to the newest step alone, and it is emptied whenever its window is full: give it at
+    least as many slots as steps. Relative errors in 5 dimensions, both solved to rounding: linear
+    contraction of norm 0.7, Jacobian-free 0.43, Broyden 0.16 to 0.21, Anderson 0; dense tanh cell,
+    Jacobian-free 0.31, Broyden 0.09, Anderson 4e-4. Loose solves know less: at a tolerance of 0.1
+    the latter two are 0.19 and 0.23. Reverse mode only; in a second derivative the estimate is a
+    constant.
 
     Attributes:
         fallback: a problem whose ``||u||`` exceeds this times ``||v||``, or is not finite, takes

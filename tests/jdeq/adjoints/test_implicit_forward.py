@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jdeq
 from jdeq.adjoints import ImplicitForward
+from jdeq.nn import MultiscaleCell
 from jdeq.solvers import Anderson, Picard
 from tests.jdeq import problems
 
@@ -115,3 +117,39 @@ def test_a_probe_is_refused():
         jdeq.deq(
             p.cell, p.params, p.x, p.z0, adjoint=ImplicitForward(), backward_probe=jnp.zeros((3, 3))
         )
+
+
+def test_convolutions_of_the_multiscale_cell():
+    """Slope, gradient and Hessian-vector product against differences."""
+    cell = MultiscaleCell((8, 8), expansion=1, state_scale=0.5, rngs=nnx.Rngs(0),
+                          param_dtype=jnp.float64)  # fmt: skip
+    graph, params = nnx.split(cell)
+    rng = np.random.default_rng(0)
+    x = tuple(jnp.array(rng.normal(size=s)) for s in cell.shapes(1, (4, 4)))
+    directions = jax.tree.map(lambda v: jnp.array(rng.normal(size=v.shape)), (params, x))
+    z0 = jax.tree.map(jnp.zeros_like, x)
+    options = {"solver": Picard(), "rtol": 1e-13, "atol": 0.0, "max_steps": 300}
+
+    def of(t):
+        moved = jax.tree.map(lambda v, d: v + t[0] * d, params, directions[0])
+        driven = jax.tree.map(lambda v, d: v + t[1] * d, x, directions[1])
+        s = jdeq.deq(
+            lambda params, z, x: nnx.merge(graph, params)(z, x), moved, driven, z0,
+            adjoint=ImplicitForward(), **options,
+        )  # fmt: skip
+        return sum(outer(v) for v in s.value)
+
+    along = jnp.array([1.0, 0.5])
+
+    @jax.jit
+    def derivatives(t):
+        return jax.jvp(jax.value_and_grad(of), (t,), (along,))
+
+    (_, gradient), (slope, curvature) = derivatives(jnp.zeros(2))
+    np.testing.assert_allclose(slope, jnp.vdot(gradient, along), rtol=1e-10)
+    # ReLUs have kinks: the differences must be narrow enough to meet none.
+    want = problems.central_difference(lambda t: derivatives(t * along)[0][0], 1e-5)
+    np.testing.assert_allclose(slope, want, rtol=1e-7)
+    for i in range(2):
+        want = problems.central_difference(lambda t, i=i: derivatives(t * along)[0][1][i], 1e-5)
+        np.testing.assert_allclose(curvature[i], want, rtol=1e-6)
