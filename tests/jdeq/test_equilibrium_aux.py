@@ -130,7 +130,7 @@ class TestMemory:
 
     def test_of_another_solver_is_refused(self):
         p = problems.tanh()
-        with pytest.raises(ValueError, match="memory.* is expected; pass solver.init"):
+        with pytest.raises(ValueError, match=r"memory.* is expected; pass solver.init"):
             jdeq.deq(p.cell, p.params, p.x, p.z0, memory=Anderson(2).init(p.z0))
 
 
