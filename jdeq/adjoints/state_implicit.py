@@ -47,7 +47,10 @@ class StateImplicit(BackwardOptions):
         probe: Array | None,
     ) -> Solution:
         """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
-        equilibrium = Equilibrium.of(cell, self.run_options(RunOptions(Anderson(), max_steps)))
+        equilibrium = Equilibrium.of(
+            cell,
+            self.run_options(RunOptions(Anderson(), max_steps, compaction=run.compaction)),
+        )
         implicit = Implicit(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
         @jax.custom_vjp

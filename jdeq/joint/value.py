@@ -158,6 +158,10 @@ class _Found:
     def augmented_map(self) -> Callable[..., AugmentedState]:
         return self.run.augmented_map
 
+    @property
+    def compaction(self) -> int:
+        return self.run.compaction
+
 
 def _with_envelope(
     run: JointRun,
