@@ -79,7 +79,7 @@ def check_history(owner: str, value: Any) -> None:
 
 
 def check_compaction(owner: str, value: Any, history: Any) -> None:
-    """Refuses what is no number of halvings, and a history of functions of the whole batch."""
+    """Refuses what is no number of sizes, and a history of functions of the whole batch."""
     check_count(owner, "compaction", value, least=0)
     if value and callable(history):
         raise ValueError(
@@ -104,6 +104,12 @@ def check_positive(owner: str, name: str, value: Any) -> None:
         raise ValueError(
             f"{owner}: {name}={value!r} was given, but a finite number above 0 is expected."
         )
+
+
+def check_switch(owner: str, name: str, value: Any) -> None:
+    """Refuses a ``value`` that is not a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name}={value!r} was given, but True or False is expected.")
 
 
 def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:

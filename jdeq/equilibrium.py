@@ -58,7 +58,7 @@ class RunOptions:
         max_steps: limit on the steps.
         record: whether, or what, the history keeps.
         fold: ``fold(value, z, k) -> value``, a running value over the iterates, or None.
-        compaction: how often the batch may be halved once problems have finished.
+        compaction: number of smaller sizes that the batch may shrink to as problems finish.
     """
 
     solver: Solver

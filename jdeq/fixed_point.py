@@ -157,11 +157,12 @@ def deq(
         has_aux: see ``fixed_point``.
         memory: see ``fixed_point``.
         fold: see ``fixed_point``.
-        compaction: how often the batch may be halved, forward and backward: once at most half of
-            the problems go on, the others leave the computation. 0, the default, never does; 3 or
-            4 pay where steps differ much between problems and a step costs more than entering a
-            loop. Each halving is one more compiled loop. Answers agree within the tolerance, not
-            bit for bit. Not for use under ``vmap``; under ``shard_map`` each shard has its own.
+        compaction: number of smaller sizes that the batch may shrink to, forward and backward:
+            once three quarters, a half, three eighths, a quarter, ... of the problems go on, the
+            others leave the computation. 0, the default, never does; 4 or so pay where steps
+            differ much between problems and a step costs more than entering a loop. Each size is
+            one more compiled loop. Answers agree within the tolerance, not bit for bit. Not for
+            use under ``vmap``; under ``shard_map`` each shard has its own.
 
     Returns:
         The ``Solution``; ``value`` is like ``z0``, ``aux`` as for ``fixed_point``.

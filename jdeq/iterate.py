@@ -141,9 +141,9 @@ def iterate(
     The returned iterate is always one whose report was taken: the first that converged, else the
     one of lowest merit among those that pass the guard.
 
-    With ``compaction`` the loop stops once at most half of the problems go on, gathers those and
-    continues with them alone, and so on: what a finished problem costs is bounded, at the price of
-    one more compiled loop a halving.
+    With ``compaction`` the loop stops once at most three quarters of the problems go on, gathers
+    those and continues with them alone, and so on with a half, three eighths, a quarter: what a
+    finished problem costs is bounded, at the price of one more compiled loop a size.
 
     Args:
         prepare: ``prepare(context)`` is a function ``step(iterate, memory, k) -> (next_iterate,
@@ -163,7 +163,7 @@ def iterate(
             only on demand.
         keep_memory: whether the final memory is wanted: a problem that has finished, or whose
             evaluation was not finite, then keeps what it has.
-        compaction: how often the batch may be halved, at least 0.
+        compaction: number of smaller batch sizes, at least 0.
 
     Returns:
         The ``Solution`` whose value is the chosen iterate, and what else is left at the end.
@@ -201,7 +201,7 @@ def iterate(
 
         return lax.while_loop(running, body, carry)
 
-    carry = _halve(loop, context, carry, compaction)
+    carry = _compact(loop, context, carry, _smaller_sizes(carry.code.shape[0], compaction))
     solution = Solution(
         value=carry.best,
         result=carry.code,
@@ -212,28 +212,37 @@ def iterate(
     return solution, Final(carry.best_merit, carry.memory if keep_memory else None, carry.folded)
 
 
-def _halve(
-    loop: Callable[[PyTree, _Carry, int], _Carry], context: PyTree, carry: _Carry, halvings: int
+def _compact(
+    loop: Callable[[PyTree, _Carry, int], _Carry],
+    context: PyTree,
+    carry: _Carry,
+    sizes: tuple[int, ...],
 ) -> _Carry:
-    """Runs the loop on all problems, then on the unfinished half, and so on."""
-    count = carry.code.shape[0]
-    if halvings == 0 or count == 1:
+    """Runs the loop on all problems, then on the unfinished ones among fewer, and so on."""
+    if not sizes:
         return loop(context, carry, 0)
-    half = count // 2
-    carry = loop(context, carry, half)
-    # At most `half` are unfinished; finished ones fill up the rest and stand still.
-    chosen = jnp.argsort(carry.code != Result.max_steps)[:half]
+    size, *smaller = sizes
+    carry = loop(context, carry, size)
+    # No more than these are unfinished; finished ones fill up the rest and stand still.
+    chosen = jnp.argsort(carry.code != Result.max_steps)[:size]
     own = carry._asdict()
     k, history = own.pop("k"), own.pop("history")
 
     def take(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[chosen], tree)
 
-    part = _halve(loop, take(context), _Carry(k=k, history=history, **take(own)), halvings - 1)
-    part_own = part._asdict()
-    k, history = part_own.pop("k"), part_own.pop("history")
-    own = jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new), own, part_own)
+    start = _Carry(k=k, history=history, **take(own))
+    part = _compact(loop, take(context), start, tuple(smaller))._asdict()
+    k, history = part.pop("k"), part.pop("history")
+    own = jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new), own, part)
     return _Carry(k=k, history=history, **own)
+
+
+def _smaller_sizes(count: int, compaction: int) -> tuple[int, ...]:
+    """Three quarters, a half, three eighths, a quarter, ... of ``count``, at least one."""
+    shares = [(0.5 if i % 2 else 0.75) / 2 ** (i // 2) for i in range(compaction)]
+    sizes = {max(1, int(count * share)) for share in shares}
+    return tuple(sorted(sizes - {count}, reverse=True))
 
 
 def step_limit(max_steps: int, budget: Array | None) -> Array:

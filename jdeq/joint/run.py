@@ -81,7 +81,7 @@ class JointRun:
         method: makes the next augmented state.
         max_steps: limit on the iterations.
         record: whether, or what, the history keeps.
-        compaction: how often the batch may be halved once problems have finished.
+        compaction: number of smaller sizes that the batch may shrink to as problems finish.
     """
 
     pure: PureProblem

@@ -79,8 +79,8 @@ def joint_solve(
             ``AugmentedState`` is recorded besides.
         backward_probe: zeros ``[B, 3]``; the cotangent of this argument is (residual, steps,
             result) of each problem's backward solve.
-        compaction: how often the batch may be halved, forward and backward, once problems have
-            finished; see ``jdeq.deq``.
+        compaction: number of smaller sizes that the batch may shrink to, forward and backward, as
+            problems finish; see ``jdeq.deq``.
 
     Returns:
         The ``Solution``: ``value`` an ``AugmentedState``, ``residual`` a ``KKTResidual``, ``aux`` a

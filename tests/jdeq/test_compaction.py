@@ -21,11 +21,11 @@ def uneven(**options):
     return p, lambda x: jdeq.deq(p.cell, p.params, x, p.z0, **options)
 
 
-@pytest.mark.parametrize("halvings", [1, 3, 9])
+@pytest.mark.parametrize("sizes", [1, 3, 9])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(3), Broyden(5), NewtonKrylov(3)])
-def test_elementwise_problems_do_not_notice(solver, halvings):
+def test_elementwise_problems_do_not_notice(solver, sizes):
     p, plain = uneven(solver=solver)
-    _, compacted = uneven(solver=solver, compaction=halvings)
+    _, compacted = uneven(solver=solver, compaction=sizes)
     a, b = plain(p.x), compacted(p.x)
     np.testing.assert_allclose(b.value, a.value, rtol=1e-12)
     np.testing.assert_array_equal(b.result, a.result)
@@ -72,10 +72,8 @@ def test_captured_arrays_and_keys_of_any_kind():
             rows = jnp.zeros(len(z)).at[:].set(1.0)[:, None] * jnp.arange(problems.N)[None, :]
             return params * x["rate"] * z + weight * x["shift"] + noise + offset * rows
 
-        def total(halvings):
-            solution = jdeq.deq(
-                cell, 1.0, p.x, p.z0, rtol=1e-10, max_steps=400, compaction=halvings
-            )
+        def total(sizes):
+            solution = jdeq.deq(cell, 1.0, p.x, p.z0, rtol=1e-10, max_steps=400, compaction=sizes)
             return jnp.sum(solution.value**2), solution.value
 
         return total(0), total(3)
@@ -127,7 +125,7 @@ def test_memory_and_fold_of_every_problem():
     )
 
 
-def test_a_single_problem_cannot_be_halved():
+def test_a_single_problem_stays():
     p = problems.conditioned((0.5,))
     solution = jdeq.deq(p.cell, p.params, p.x, p.z0, compaction=4, rtol=1e-10)
     np.testing.assert_allclose(solution.value, p.answer, rtol=1e-8)
@@ -166,7 +164,7 @@ def test_joint_solves(method, constraint):
 def test_nested_solves():
     p = problems.optimum()
     solutions = [
-        jdeq.nested_solve(*p.arguments, max_steps=200, compaction=halvings) for halvings in (0, 2)
+        jdeq.nested_solve(*p.arguments, max_steps=200, compaction=sizes) for sizes in (0, 2)
     ]
     np.testing.assert_array_equal(solutions[1].result, solutions[0].result)
     np.testing.assert_allclose(solutions[1].value.x, solutions[0].value.x, rtol=1e-9)
@@ -179,7 +177,7 @@ def test_a_history_function_of_the_whole_batch_is_refused():
 
 
 @pytest.mark.parametrize("bad", [-1, 1.5, True])
-def test_bad_numbers_of_halvings_are_refused(bad):
+def test_bad_numbers_of_sizes_are_refused(bad):
     p, solve = uneven(compaction=bad)
     with pytest.raises(ValueError, match="compaction"):
         solve(p.x)

@@ -91,15 +91,15 @@ def test_a_fold_sees_each_problem_until_it_finishes():
     assert final.folded.tolist() == [11, 33]
 
 
-@pytest.mark.parametrize("halvings", [1, 2, 7])
+@pytest.mark.parametrize("sizes", [1, 2, 7])
 @pytest.mark.parametrize("record", [False, True])
-def test_compaction_changes_nothing(halvings, record):
+def test_compaction_changes_nothing(sizes, record):
     merits = 9 * np.linspace(0.3, 0.98, 13) ** np.arange(30)[:, None]
     merits[3:, 3] = np.nan
     merits[5:, 4] = 1e9
     options = {"tolerance": 2.0, "max_steps": 25, "record": record, "keep_memory": True}
     plain, plain_final = play(merits, **options)
-    compacted, compacted_final = play(merits, compaction=halvings, **options)
+    compacted, compacted_final = play(merits, compaction=sizes, **options)
     chex.assert_trees_all_equal(compacted, plain)
     chex.assert_trees_all_equal(compacted_final, plain_final)
     assert len(set(plain.steps.tolist())) > 5
