@@ -113,9 +113,10 @@ def compile_times(problem: Problem, repeats: int, libraries: tuple[str, ...]) ->
 
 def parts(program: Callable, problem: Problem) -> dict[str, float]:
     """Seconds to trace, lower and compile a jitted function, starting with empty caches."""
+    given = (problem.params, problem.x, problem.z0, problem.weights)
     jax.clear_caches()
     times = [time.perf_counter()]
-    traced = program.trace(problem.params, problem.x, 1e-5, 1e-5)  # type: ignore[attr-defined]
+    traced = program.trace(*given, 1e-5, 1e-5)  # type: ignore[attr-defined]
     times.append(time.perf_counter())
     lowered = traced.lower()
     times.append(time.perf_counter())

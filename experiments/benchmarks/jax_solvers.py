@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jdeq
-from experiments.benchmarks.problems import Problem
+from experiments.benchmarks.problems import Problem, inner_product
 
 PyTree = Any
 Solve = Callable[..., PyTree]
@@ -35,7 +35,7 @@ class Scale:
         whole: whether the "tolerance" is a number of steps.
     """
 
-    high: float = 1e1
+    high: float = 1e3
     low: float = 1e-7
     halvings: int = 4
     whole: bool = False
@@ -90,7 +90,7 @@ class JaxContestant:
     def forward(self, problem: Problem, tolerance: float) -> Callable[[], PyTree]:
         """A compiled solve; it returns the states."""
         run = self._programs(problem, None)[0]
-        return lambda: run(problem.params, problem.x, tolerance)
+        return lambda: run(problem.params, problem.x, problem.z0, tolerance)
 
     def state(self, problem: Problem, tolerance: float) -> PyTree:
         """The answer of the compiled solve."""
@@ -101,7 +101,8 @@ class JaxContestant:
     ) -> Callable[[], PyTree]:
         """A compiled solve with gradients of the loss in parameters and inputs; it returns both."""
         run = self._programs(problem, backward)[1]
-        return lambda: run(problem.params, problem.x, tolerance, backward_tolerance)
+        given = (problem.params, problem.x, problem.z0, problem.weights)
+        return lambda: run(*given, tolerance, backward_tolerance)
 
     def adjoint(
         self, problem: Problem, backward: str, tolerance: float, backward_tolerance: float
@@ -111,7 +112,8 @@ class JaxContestant:
         The adjoint variable is the gradient in a constant added to the cell.
         """
         run = self._programs(problem, backward)[2]
-        return run(problem.params, problem.x, problem.z0, tolerance, backward_tolerance)
+        given = (problem.params, problem.x, problem.z0, problem.weights)
+        return run(*given, tolerance, backward_tolerance)
 
     @functools.cache  # noqa: B019 - contestants live as long as the benchmark
     def _programs(self, problem: Problem, backward: str | None) -> tuple[Callable, ...]:
@@ -121,37 +123,31 @@ class JaxContestant:
         """Newly jitted functions: the solve, its gradient, its adjoint variable."""
         rule = (lambda _: None) if backward is None else self.backwards[backward]
 
-        def solve(cell, params, injected, tolerance, backward_tolerance):
-            return self.solve(
-                cell,
-                params,
-                injected,
-                problem.z0,
-                problem.max_steps,
-                tolerance,
-                rule(backward_tolerance),
-            )
+        # The start and the weights are arguments: XLA would spend seconds folding such constants.
+        def solve(cell, params, injected, z0, tolerance, backward_tolerance):
+            adjoint = rule(backward_tolerance)
+            return self.solve(cell, params, injected, z0, problem.max_steps, tolerance, adjoint)
 
-        def forward(params: PyTree, x: PyTree, tolerance: Any) -> PyTree:
-            return solve(problem.cell, params, problem.inject(params, x), tolerance, 0.0)
+        def forward(params: PyTree, x: PyTree, z0: PyTree, tolerance: Any) -> PyTree:
+            return solve(problem.cell, params, problem.inject(params, x), z0, tolerance, 0.0)
 
-        def loss(params, x, tolerance, backward_tolerance):
+        def loss(params, x, z0, weights, tolerance, backward_tolerance):
             injected = problem.inject(params, x)
-            z = solve(problem.cell, params, injected, tolerance, backward_tolerance)
-            return problem.loss(z), z
+            z = solve(problem.cell, params, injected, z0, tolerance, backward_tolerance)
+            return inner_product(weights, z), z
 
-        def shifted_loss(shift, params, x, tolerance, backward_tolerance):
+        def shifted_loss(shift, params, x, z0, weights, tolerance, backward_tolerance):
             def cell(params, z, injected):
                 return jax.tree.map(jnp.add, problem.cell(params, z, injected[0]), injected[1])
 
             injected = (problem.inject(params, x), shift)
-            z = solve(cell, params, injected, tolerance, backward_tolerance)
-            return problem.loss(z), z
+            z = solve(cell, params, injected, z0, tolerance, backward_tolerance)
+            return inner_product(weights, z), z
 
-        def adjoint(params, x, shift, tolerance, backward_tolerance):
-            shift = jax.tree.map(jnp.zeros_like, shift)
+        def adjoint(params, x, z0, weights, tolerance, backward_tolerance):
+            shift = jax.tree.map(jnp.zeros_like, z0)
             u, z = jax.grad(shifted_loss, has_aux=True)(
-                shift, params, x, tolerance, backward_tolerance
+                shift, params, x, z0, weights, tolerance, backward_tolerance
             )
             return z, u
 
@@ -267,12 +263,14 @@ def optimistix_contestants() -> list[JaxContestant]:
 
     two_norm = optimistix.two_norm
 
-    def krylov(method, tolerance):
+    def krylov(method, tolerance, **options):
         # Scaled by the norm of the whole, not entry by entry, where many entries are near zero.
-        return method(rtol=0.0, atol=tolerance, norm=two_norm, max_steps=300)
+        return method(rtol=0.0, atol=tolerance, norm=two_norm, max_steps=300, **options)
 
     backwards = {
         "GMRES": lambda tol: krylov(lineax.GMRES, tol),
+        # It stops between restarts only.
+        "GMRES(5)": lambda tol: krylov(lineax.GMRES, tol, restart=5),
         "BiCGStab": lambda tol: krylov(lineax.BiCGStab, tol),
     }
 

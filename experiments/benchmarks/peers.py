@@ -127,10 +127,11 @@ def main(options: Options) -> None:
             contestant.prepare(problem)
         forward = forward_column(problem, contestants, options)
         columns[f"{name}, forward"] = report(f"{name}, forward", forward)
+        write(options, columns, absent)
         if options.gradients:
             gradient = gradient_column(problem, forward, options)
             columns[f"{name}, gradient"] = report(f"{name}, gradient", gradient)
-        write(options, columns, absent)
+            write(options, columns, absent)
 
 
 def gather(libraries: tuple[str, ...]) -> tuple[list[Any], list[str]]:

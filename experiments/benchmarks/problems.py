@@ -48,11 +48,10 @@ class Problem:
     weights: PyTree
     max_steps: int
 
-    def loss(self, z: PyTree) -> Array:
-        """The scalar that is differentiated."""
-        return jax.tree.reduce(
-            jnp.add, jax.tree.map(lambda w, leaf: jnp.sum(w * leaf), self.weights, z)
-        )
+
+def inner_product(weights: PyTree, z: PyTree) -> Array:
+    """The loss ``sum(weights z)`` over all leaves."""
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda w, leaf: jnp.sum(w * leaf), weights, z))
 
 
 def dense(batch: int = 256, units: int = 256, norm: float = 0.95) -> Problem:

@@ -220,6 +220,7 @@ class TorchContestant:
         layer = self._layer(
             problem,
             tolerance,
+            no_stat=False,  # Without statistics a state of several leaves has no implicit gradient.
             hook_ift=True,  # One evaluation of the cell less than ift=True.
             b_solver=SOLVERS[backward],
             b_tol=backward_tolerance,
