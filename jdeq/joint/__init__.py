@@ -6,6 +6,7 @@ from jdeq.joint.descent import Descent
 from jdeq.joint.method import JointMethod
 from jdeq.joint.nested import InnerSolve
 from jdeq.joint.polished import Polished
+from jdeq.joint.published import StepSwitch, published
 from jdeq.joint.run import JointAux
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "JointMethod",
     "KKTResidual",
     "Polished",
+    "StepSwitch",
+    "published",
 ]

@@ -25,16 +25,19 @@ class Accelerated:
 
     The map of ``Descent`` with plain gradient steps ``x - step_size g``, its image mixed by
     ``solver`` over the concatenated vector ``(z, x, mu)`` of each problem. Unlike the published
-    code, what is evaluated is always feasible: mixtures are projected again.
+    code, what is evaluated is always feasible: mixtures are projected again. With the published
+    settings: ``jdeq.joint.published``.
 
     Attributes:
         solver: one of ``jdeq.solvers``.
         step_size: step on x, a positive number or an optax schedule of the step's number.
         state_relaxation: in (0, 1], before mixing.
         adjoint_relaxation: in (0, 1], before mixing.
+        normalize: whether ``g / ||g||`` takes the place of ``g``, so that every step before
+            projection and mixing has the length ``step_size``.
 
     Raises:
-        TypeError: if ``solver`` is not a solver.
+        TypeError: if ``solver`` is not a solver, or ``normalize`` not a bool.
         ValueError: if an option is out of range.
     """
 
@@ -42,6 +45,7 @@ class Accelerated:
     step_size: float | Callable[[Array], Array] = 0.1
     state_relaxation: float = 0.8
     adjoint_relaxation: float = 0.6
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         _options.check_instance(
@@ -51,6 +55,7 @@ class Accelerated:
             _options.check_positive("Accelerated", "step_size", self.step_size)
         _options.check_fraction("Accelerated", "state_relaxation", self.state_relaxation)
         _options.check_fraction("Accelerated", "adjoint_relaxation", self.adjoint_relaxation)
+        _options.check_switch("Accelerated", "normalize", self.normalize)
 
     def init(self, state: AugmentedState, max_steps: int) -> PyTree:
         """The solver's memory for augmented states."""
@@ -68,9 +73,11 @@ class Accelerated:
         """One step of the solver on the relaxed KKT map."""
         del residual
         rate = self.step_size(context.k) if callable(self.step_size) else self.step_size
-        moved = jax.tree.map(
-            lambda x, g: x - jnp.asarray(rate, x.dtype) * g, state.x, evaluation.gradient
-        )
+        gradient = evaluation.gradient
+        if self.normalize:
+            length = _tree.norm(gradient)
+            gradient = _tree.scale(1 / jnp.where(length > 0, length, 1), gradient)
+        moved = jax.tree.map(lambda x, g: x - jnp.asarray(rate, x.dtype) * g, state.x, gradient)
         image = AugmentedState(
             _tree.relax(state.z, evaluation.state, self.state_relaxation),
             context.project(moved),
