@@ -2,6 +2,7 @@
 
 from jdeq.joint.accelerated import Accelerated
 from jdeq.joint.augmented import AugmentedState, KKTResidual
+from jdeq.joint.best_of_starts import StartsAux, best_of_starts
 from jdeq.joint.descent import Descent
 from jdeq.joint.method import JointMethod
 from jdeq.joint.nested import InnerSolve
@@ -18,6 +19,8 @@ __all__ = [
     "JointMethod",
     "KKTResidual",
     "Polished",
+    "StartsAux",
     "StepSwitch",
+    "best_of_starts",
     "published",
 ]

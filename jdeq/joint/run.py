@@ -197,6 +197,41 @@ class JointRun:
         return AugmentedState(evaluation.state, x, evaluation.adjoint)
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Stands in for the joint solve where its solution is there already.
+
+    To ``JointAdjoint.solve`` the solution is part of the start, which has no derivative.
+
+    Attributes:
+        run: the joint solve.
+    """
+
+    run: JointRun
+
+    def __call__(
+        self, given: Given, found: tuple[AugmentedState, Solution], controls: Controls
+    ) -> Solution:
+        """The solution that was found."""
+        return found[1]
+
+    def units(
+        self, given: Given, found: tuple[AugmentedState, Solution], solution: Solution
+    ) -> Units:
+        """See ``JointRun.units``."""
+        return self.run.units(given, found[0], solution)
+
+    @property
+    def augmented_map(self) -> Callable[..., AugmentedState]:
+        """See ``JointRun.augmented_map``."""
+        return self.run.augmented_map
+
+    @property
+    def compaction(self) -> int:
+        """See ``JointRun``."""
+        return self.run.compaction
+
+
 def projection(pure: PureProblem, given: Given) -> Callable[[PyTree], PyTree]:
     """``project(x)`` for the batch at hand; the identity where there is no constraint."""
     project = pure.project

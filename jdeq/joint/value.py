@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, purify
-from jdeq.joint.run import Given, JointRun, Units, projection
+from jdeq.joint.run import Found, Given, JointRun, projection
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Solution
 
@@ -135,34 +134,6 @@ def _input_value(
     return values, jax.lax.stop_gradient(solution)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """Stands in for the joint solve where its solution is there already.
-
-    It comes as part of the start, which has no derivative.
-    """
-
-    run: JointRun
-
-    def __call__(
-        self, given: Given, found: tuple[AugmentedState, Solution], controls: Controls
-    ) -> Solution:
-        return found[1]
-
-    def units(
-        self, given: Given, found: tuple[AugmentedState, Solution], solution: Solution
-    ) -> Units:
-        return self.run.units(given, found[0], solution)
-
-    @property
-    def augmented_map(self) -> Callable[..., AugmentedState]:
-        return self.run.augmented_map
-
-    @property
-    def compaction(self) -> int:
-        return self.run.compaction
-
-
 def _with_envelope(
     run: JointRun,
     adjoint: KKTImplicit,
@@ -183,7 +154,7 @@ def _with_envelope(
         values, solution = value(given, start, controls)
         # The same numbers, but they move with what is given when this rule is differentiated.
         found = (start, solution)
-        point = adjoint.solve(_Found(run), pure.cell, run.max_steps, given, found, controls, None)
+        point = adjoint.solve(Found(run), pure.cell, run.max_steps, given, found, controls, None)
         return (values, solution), (given, point.value, solution.result)
 
     def backward(saved, cotangent):
