@@ -48,6 +48,10 @@ class Problem:
     weights: PyTree
     max_steps: int
 
+    def loss(self, z: PyTree) -> Array:
+        """The scalar that is differentiated."""
+        return inner_product(self.weights, z)
+
 
 def inner_product(weights: PyTree, z: PyTree) -> Array:
     """The loss ``sum(weights z)`` over all leaves."""
