@@ -1,5 +1,6 @@
 """The joint problem: methods, the augmented state, and what a solve of it returns."""
 
+from jdeq.joint import starts
 from jdeq.joint.accelerated import Accelerated
 from jdeq.joint.augmented import AugmentedState, KKTResidual
 from jdeq.joint.best_of_starts import StartsAux, best_of_starts
@@ -9,6 +10,7 @@ from jdeq.joint.nested import InnerSolve
 from jdeq.joint.polished import Polished
 from jdeq.joint.published import StepSwitch, published
 from jdeq.joint.run import JointAux
+from jdeq.joint.starts import StartStore
 
 __all__ = [
     "Accelerated",
@@ -19,8 +21,10 @@ __all__ = [
     "JointMethod",
     "KKTResidual",
     "Polished",
+    "StartStore",
     "StartsAux",
     "StepSwitch",
     "best_of_starts",
     "published",
+    "starts",
 ]
