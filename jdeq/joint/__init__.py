@@ -11,11 +11,13 @@ from jdeq.joint.polished import Polished
 from jdeq.joint.published import StepSwitch, published
 from jdeq.joint.run import JointAux
 from jdeq.joint.starts import StartStore
+from jdeq.joint.trust import HypergradientError, Trust, hypergradient_error, trust
 
 __all__ = [
     "Accelerated",
     "AugmentedState",
     "Descent",
+    "HypergradientError",
     "InnerSolve",
     "JointAux",
     "JointMethod",
@@ -24,7 +26,10 @@ __all__ = [
     "StartStore",
     "StartsAux",
     "StepSwitch",
+    "Trust",
     "best_of_starts",
+    "hypergradient_error",
     "published",
     "starts",
+    "trust",
 ]
