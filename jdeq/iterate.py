@@ -315,7 +315,8 @@ def _advance(
     code = jnp.where(active, code, carry.code)
 
     spent = 1 if report.evaluations is None else report.evaluations
-    keep_going = code == Result.max_steps
+    # Not to be computed anew for every entry of the iterate that they select.
+    accept, keep_going = lax.optimization_barrier((accept, code == Result.max_steps))
     current = carry.iterate if report.refined is None else report.refined
     history = _write_history(carry, current, report, active, record)
     folded = carry.folded
