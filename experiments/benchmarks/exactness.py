@@ -2,7 +2,9 @@
 
     python -m experiments.benchmarks.exactness --output exactness.json --table exactness.md
 
-In float64. The reference is a closed form where there is one, else two Newton steps with the dense
+In float64. The small problems are solved in one batch, each on its own rows, so that one program
+serves all of them. Gradients that look at nothing but the solution are tried with few solvers. The
+reference is a closed form where there is one, else two Newton steps with the dense
 Jacobian from the solution held constant, whose first three derivatives are those of the solution.
 An error is relative to the largest entry of the reference. What is exact must be within 1e-6; what
 is biased by design shows its bias; what is refused shows the exception.
@@ -10,6 +12,7 @@ is biased by design shows its bias; what is refused shows the exception.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +46,9 @@ from jdeq.solvers import (
 
 PyTree = Any
 
+UNITS = 6
+"""Entries of the state of a small problem."""
+
 LIMIT = 1e-6
 """Largest relative error of an exact derivative."""
 
@@ -54,14 +60,14 @@ class Options:
     Attributes:
         output: JSON file to write.
         table: Markdown file to write.
-        problems: Names of the problems; all by default.
+        problems: "small", "convolutional" or both.
         solvers: Names of the solvers; all by default.
         adjoints: Names of the gradients; all by default.
     """
 
     output: Path
     table: Path
-    problems: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ("small", "convolutional")
     solvers: tuple[str, ...] = ()
     adjoints: tuple[str, ...] = ()
 
@@ -76,7 +82,6 @@ class Problem:
         params: its parameters.
         x: its inputs.
         z0: the start.
-        max_steps: enough for Picard.
     """
 
     cell: Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -84,68 +89,65 @@ class Problem:
     params: PyTree
     x: PyTree
     z0: PyTree
-    max_steps: int
 
 
 def linear() -> Problem:
     """``z = W z + U x``, a contraction of 0.8 that is not symmetric."""
     keys = jax.random.split(jax.random.key(0), 3)
-    w = jax.random.normal(keys[0], (6, 6))
-    params = {"w": 0.8 * w / jnp.linalg.norm(w, 2), "u": jax.random.normal(keys[1], (6, 4))}
+    w = jax.random.normal(keys[0], (UNITS, UNITS))
+    params = {"w": 0.8 * w / jnp.linalg.norm(w, 2), "u": jax.random.normal(keys[1], (UNITS, 4))}
 
     def answer(params: PyTree, x: Array) -> Array:
-        return jnp.linalg.solve(jnp.eye(6) - params["w"], params["u"] @ x.T).T
+        return jnp.linalg.solve(jnp.eye(UNITS) - params["w"], params["u"] @ x.T).T
 
     def cell(params: PyTree, z: Array, x: Array) -> Array:
         return z @ params["w"].T + x @ params["u"].T
 
     x = jax.random.normal(keys[2], (3, 4))
-    return Problem(cell, answer, params, x, jnp.zeros((3, 6)), 300)
+    return Problem(cell, answer, params, x, jnp.zeros((3, UNITS)))
 
 
 def conditioned() -> Problem:
     """``z = rate z + shift``, the condition number ``1 / (1 - rate)`` from 1.1 to 1e4."""
     rate = 1 - 1 / jnp.array([1.1, 10.0, 1e2, 1e3, 1e4])[:, None]
-    shift = jax.random.normal(jax.random.key(1), (5, 3))
-    weights = jnp.array([0.5, 1.0, 0.9])
+    shift = jax.random.normal(jax.random.key(1), (5, UNITS))
+    weights = jnp.array([0.5, 1.0, 0.9, 1.0, 0.5, 0.9])
     return Problem(
         lambda params, z, x: x["rate"] * weights * z + params * x["shift"],
         lambda params, x: params * x["shift"] / (1 - x["rate"] * weights),
         jnp.asarray(1.3),
         {"rate": rate, "shift": shift},
-        jnp.zeros((5, 3)),
-        400_000,
+        jnp.zeros((5, UNITS)),
     )
 
 
 def root() -> Problem:
     """``z = sqrt(z + p x)``, solved by ``(1 + sqrt(1 + 4 p x)) / 2``."""
-    x = jnp.array([[0.5], [2.0], [30.0]])
+    x = jnp.linspace(0.5, 30, 3 * UNITS).reshape(3, UNITS)
     return Problem(
         lambda params, z, x: jnp.sqrt(z + params * x),
         lambda params, x: (1 + jnp.sqrt(1 + 4 * params * x)) / 2,
         jnp.asarray(0.8),
         x,
-        jnp.ones((3, 1)),
-        200,
+        jnp.ones((3, UNITS)),
     )
 
 
 def dense() -> Problem:
-    """A tanh cell of 8 units with a spectral norm of 0.9."""
+    """A tanh cell with a spectral norm of 0.9."""
     keys = jax.random.split(jax.random.key(2), 4)
-    w = jax.random.normal(keys[0], (8, 8))
+    w = jax.random.normal(keys[0], (UNITS, UNITS))
     params = {
         "w": 0.9 * w / jnp.linalg.norm(w, 2),
-        "u": jax.random.normal(keys[1], (4, 8)),
-        "b": jax.random.normal(keys[2], (8,)),
+        "u": jax.random.normal(keys[1], (4, UNITS)),
+        "b": jax.random.normal(keys[2], (UNITS,)),
     }
 
     def cell(params: PyTree, z: Array, x: Array) -> Array:
         return jnp.tanh(z @ params["w"].T + x @ params["u"] + params["b"])
 
-    x, z0 = jax.random.normal(keys[3], (3, 4)), jnp.zeros((3, 8))
-    return Problem(cell, partial(by_newton, cell, z0), params, x, z0, 500)
+    x, z0 = jax.random.normal(keys[3], (3, 4)), jnp.zeros((3, UNITS))
+    return Problem(cell, partial(by_newton, cell, z0), params, x, z0)
 
 
 def convolutional() -> Problem:
@@ -161,16 +163,14 @@ def convolutional() -> Problem:
         return nnx.merge(graph, params)(z, x)
 
     x = random_like(z0, jax.random.key(3))
-    return Problem(cell, partial(by_newton, cell, z0), params, x, z0, 300)
+    return Problem(cell, partial(by_newton, cell, z0), params, x, z0)
 
 
-PROBLEMS = {
-    "linear": linear,
-    "conditioned": conditioned,
-    "root": root,
-    "dense": dense,
-    "convolutional": convolutional,
+GROUPS: dict[str, dict[str, Callable[[], Problem]]] = {
+    "small": {"linear": linear, "conditioned": conditioned, "root": root, "dense": dense},
+    "convolutional": {"convolutional": convolutional},
 }
+"""Problems of a group are solved in one batch."""
 
 SOLVERS = {
     "Picard": Picard(),
@@ -195,12 +195,19 @@ ADJOINTS = {
     "JacobianFree": jdeq.adjoints.JacobianFree(),
 }
 
-BIASED = ("Shine", "Phantom", "JacobianFree")
+BIASED = ("Shine", "Phantom", "JacobianFree", "Unrolled")
+"""Not derivatives of the solution: those of the iteration that found it are near, but not equal."""
 
-MEMORY_PER_STEP = ("Unrolled", "Reversible")
+OF_SOLUTION = ("Implicit, GMRES", "Implicit, BiCGStab", "Phantom", "JacobianFree")
+"""Gradients that look at nothing but the solution: the solver that found it does not matter."""
+
+FEW_SOLVERS = ("Picard", "Anderson II")
+"""Also what the convolutional cell is solved with, whose programs take long to compile."""
+
+OF_STEPS = ("Unrolled", "Reversible")
 """Gradients of every step: these get few steps, and problems that need more are called so."""
 
-FEW_STEPS = 2000
+MOST_STEPS, FEW_STEPS = 400_000, 500
 
 
 def by_newton(cell: Callable, z0: PyTree, params: PyTree, x: PyTree) -> PyTree:
@@ -240,109 +247,157 @@ def outer(z: PyTree) -> Array:
     return sum(jnp.sum(jnp.sin(leaf) + 0.1 * leaf**2) for leaf in jax.tree.leaves(z))
 
 
-def along(problem: Problem, solve: Callable[[PyTree, PyTree], PyTree]) -> Callable[[Array], Array]:
-    """The loss as a function of two numbers, along directions of the parameters and the inputs."""
-    d_params, d_x = random_like((problem.params, problem.x), jax.random.key(9))
-    # Small changes of a rate near one are large changes of the solution.
-    scale = 0.1
+Loss = Callable[[Array], Array]
+"""A function of two numbers a problem, ``[problems, 2]``."""
+
+
+def along(problems: list[Problem], solve: Callable[[list, list], list]) -> Loss:
+    """The loss along a direction of each problem's parameters and one of its inputs."""
+    pairs = [(p.params, p.x) for p in problems]
+    directions = random_like(pairs, jax.random.key(9))
 
     def loss(t: Array) -> Array:
-        params = jax.tree.map(lambda v, d: v + scale * t[0] * d, problem.params, d_params)
-        x = jax.tree.map(lambda v, d: v + scale * t[1] * d, problem.x, d_x)
-        return outer(solve(params, x))
+        # Small changes of a rate near one are large changes of the solution.
+        moved = [
+            jax.tree.map(lambda v, d, s=s: v + 0.1 * s * d, value, direction)
+            for pair, pair_direction, steps in zip(pairs, directions, t, strict=True)
+            for value, direction, s in zip(pair, pair_direction, steps, strict=True)
+        ]
+        return sum(outer(z) for z in solve(moved[::2], moved[1::2]))
 
     return loss
 
 
-AT = (0.0, 0.0)
-SEVERAL = (AT, (1e-6, -1e-6))
-
-
-def transforms(loss: Callable[[Array], Array], forward: bool) -> dict[str, Callable[[], Array]]:
-    """Derivatives of the loss, each computed when called."""
+def transforms(loss: Loss, count: int, forward: bool) -> dict[str, Callable[[], Array]]:
+    """Derivatives of the loss, each computed when called, ``[..., problems, 2]``."""
     gradient = jax.grad(loss)
     hessian = jax.hessian(loss) if forward else jax.jacrev(gradient)
+    at = jnp.zeros((count, 2))
+    several = jnp.stack([at, at + jnp.array([1e-6, -1e-6])])
     return {
-        "grad": lambda: gradient(jnp.array(AT)),
-        "jit": lambda: jax.jit(gradient)(jnp.array(AT)),
-        "vmap(grad)": lambda: jax.jit(jax.vmap(gradient))(jnp.array(SEVERAL)),
-        "jvp": lambda: jax.jit(jax.jacfwd(loss))(jnp.array(AT)),
-        "hessian": lambda: jax.jit(hessian)(jnp.array(AT)),
+        "grad": lambda: gradient(at),
+        "jit": lambda: jax.jit(gradient)(at),
+        "vmap(grad)": lambda: jax.jit(jax.vmap(gradient))(several),
+        "jvp": lambda: jax.jit(jax.jacfwd(loss))(at),
+        "hessian": lambda: jax.jit(hessian)(at),
     }
 
 
-COLUMNS = tuple(transforms(lambda t: t[0], True))
+COLUMNS = ("grad", "jit", "vmap(grad)", "jvp", "hessian")
 
 
-def cases(options: Options) -> Iterator[tuple[str, str, str]]:
-    """Solver, gradient and problem of every row's entries."""
+def batched(problems: list[Problem], **options: Any) -> Callable[[list, list], jdeq.Solution]:
+    """All problems in one equilibrium, each on its own rows."""
+    starts = [p.z0 for p in problems]
+    rows = np.cumsum([len(jax.tree.leaves(z0)[0]) for z0 in starts])[:-1].tolist()
+
+    def split(z: PyTree) -> list[PyTree]:
+        parts = [jnp.split(leaf, rows) for leaf in jax.tree.leaves(z)]
+        return [jax.tree.structure(starts[0]).unflatten(part) for part in zip(*parts, strict=True)]
+
+    def cell(given: tuple[list, list], z: PyTree) -> PyTree:
+        images = [
+            p.cell(params, part, x)
+            for p, params, x, part in zip(problems, *given, split(z), strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *images)
+
+    z0 = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *starts)
+
+    def solve(params: list, xs: list) -> jdeq.Solution:
+        solution = jdeq.fixed_point(cell, (params, xs), z0, rtol=1e-13, atol=1e-13, **options)
+        return dataclasses.replace(solution, aux=split(solution.value))
+
+    return solve
+
+
+def cases(group: str, options: Options) -> Iterator[tuple[str, str]]:
+    """Solver and gradient of every row."""
     for solver in options.solvers or SOLVERS:
         for adjoint in options.adjoints or ADJOINTS:
-            for problem in options.problems or PROBLEMS:
-                yield solver, adjoint, problem
+            few = adjoint in OF_SOLUTION or group == "convolutional"
+            if not few or solver in FEW_SOLVERS:
+                yield solver, adjoint
 
 
 def measure(
-    problem: Problem, reference: dict[str, np.ndarray], solver: str, adjoint: str
-) -> dict[str, float | str]:
-    """Errors of all transforms of one case, or why there is none."""
-    steps = FEW_STEPS if adjoint in MEMORY_PER_STEP else problem.max_steps
-    steps = min(steps, problem.max_steps)
-
-    def solve(params: PyTree, x: PyTree) -> jdeq.Solution:
-        return jdeq.deq(
-            problem.cell, params, x, problem.z0, solver=SOLVERS[solver],
-            adjoint=ADJOINTS[adjoint], rtol=1e-13, atol=1e-13, max_steps=steps,
-        )  # fmt: skip
-
-    errors: dict[str, float | str] = {}
-    derivatives = transforms(
-        along(problem, lambda params, x: solve(params, x).value), adjoint == "ImplicitForward"
-    )
-    for name, compute in derivatives.items():
+    problems: dict[str, Problem], reference: dict[str, np.ndarray], solver: str, adjoint: str
+) -> dict[str, dict[str, float | str]]:
+    """Errors of all transforms for every problem, or why there is none."""
+    solve = batched(
+        list(problems.values()), solver=SOLVERS[solver], adjoint=ADJOINTS[adjoint],
+        max_steps=FEW_STEPS if adjoint in OF_STEPS else MOST_STEPS,
+    )  # fmt: skip
+    loss = along(list(problems.values()), lambda params, xs: solve(params, xs).aux)
+    derivatives = transforms(loss, len(problems), forward=adjoint == "ImplicitForward")
+    errors: dict[str, dict[str, float | str]] = {name: {} for name in problems}
+    for transform, compute in derivatives.items():
         try:
             got = np.asarray(compute())
         except (TypeError, ValueError, NotImplementedError) as error:
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            for name in problems:
+                errors[name][transform] = reason
             continue
-        errors[name] = float(
-            np.max(np.abs(got - reference[name])) / np.max(np.abs(reference[name]))
-        )
-    if adjoint in MEMORY_PER_STEP:
-        residual = reached(problem, solver, steps)
-        if residual > 1e-9:
-            errors = dict.fromkeys(errors, f"unconverged: residual {residual:.0e} in {steps} steps")
+        for i, name in enumerate(problems):
+            errors[name][transform] = relative_error(
+                got[..., i, :], reference[transform][..., i, :]
+            )
+    if adjoint in OF_STEPS:
+        for name, text in unfinished(problems, solver).items():
+            errors[name] = {
+                key: error if isinstance(error, str) else text
+                for key, error in errors[name].items()
+            }
     return errors
 
 
-def reached(problem: Problem, solver: str, steps: int) -> float:
-    """Largest relative residual of the solve alone."""
-    solution = jdeq.deq(
-        problem.cell, problem.params, problem.x, problem.z0, solver=SOLVERS[solver],
-        rtol=1e-13, atol=1e-13, max_steps=steps,
-    )  # fmt: skip
-    size = sum(jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(solution.value))
-    return float(jnp.max(solution.residual) / size)
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest error over the largest entry."""
+    return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
+
+
+def unfinished(problems: dict[str, Problem], solver: str) -> dict[str, str]:
+    """Which problems do not converge in few steps."""
+    found = {}
+    for name, problem in problems.items():
+        try:
+            solution = batched([problem], solver=SOLVERS[solver], max_steps=FEW_STEPS)(
+                [problem.params], [problem.x]
+            )
+        except ValueError:
+            continue
+        size = sum(jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(solution.value))
+        residual = float(jnp.max(solution.residual) / size)
+        if residual > 1e-9:
+            found[name] = f"unconverged: residual {residual:.0e} in {FEW_STEPS} steps"
+    return found
 
 
 def main(options: Options) -> None:
     """Measure all cases, print and write them; fail if an exact one is not."""
     jax.config.update("jax_enable_x64", True)
-    problems = {name: make() for name, make in PROBLEMS.items()}
-    references = {
-        name: {
-            key: np.asarray(compute())
-            for key, compute in transforms(along(problem, problem.answer), True).items()
-        }
-        for name, problem in problems.items()
-        if name in (options.problems or PROBLEMS)
-    }
     rows: dict[str, dict[str, dict[str, float | str]]] = {}
     started = time.perf_counter()
-    for solver, adjoint, name in cases(options):
-        errors = measure(problems[name], references[name], solver, adjoint)
-        rows.setdefault(f"{solver} | {adjoint}", {})[name] = errors
-        print(f"{time.perf_counter() - started:6.0f} s  {solver} | {adjoint} | {name}: {errors}")
+    for group in options.problems:
+        problems = {name: make() for name, make in GROUPS[group].items()}
+        exact = along(
+            list(problems.values()),
+            lambda params, xs, problems=problems: [
+                p.answer(q, x) for p, q, x in zip(problems.values(), params, xs, strict=True)
+            ],
+        )
+        reference = {
+            name: np.asarray(compute())
+            for name, compute in transforms(exact, len(problems), forward=True).items()
+        }
+        for solver, adjoint in cases(group, options):
+            errors = measure(problems, reference, solver, adjoint)
+            rows.setdefault(f"{solver} | {adjoint}", {}).update(errors)
+            print(
+                f"{time.perf_counter() - started:6.0f} s  {solver} | {adjoint}: {errors}",
+                flush=True,
+            )
     wrong = list(violations(rows))
     result = surroundings("flax", "jaxopt") | {"limit": LIMIT, "rows": rows, "wrong": wrong}
     options.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -373,15 +428,17 @@ def table(rows: dict) -> str:
 def summary(errors: dict[str, float | str]) -> str:
     """One entry of the table."""
     numbers = {name: e for name, e in errors.items() if not isinstance(e, str)}
-    texts = {name: e for name, e in errors.items() if isinstance(e, str)}
-    if not numbers:
-        kinds = {
-            "unconverged" if e.startswith("unconverged") else "refused" for e in texts.values()
-        }
-        return ", ".join(sorted(kinds))
-    worst = max(numbers, key=lambda name: numbers[name])
-    less = f" (not {', '.join(texts)})" if texts else ""
-    return f"{numbers[worst]:.0e} {worst}{less}"
+    unconverged = [name for name, e in errors.items() if str(e).startswith("unconverged")]
+    refused = [name for name in errors if name not in numbers and name not in unconverged]
+    parts = []
+    if numbers:
+        worst = max(numbers, key=lambda name: numbers[name])
+        parts.append(f"{numbers[worst]:.0e} {worst}")
+    if unconverged:
+        parts.append(f"unconverged: {', '.join(unconverged)}")
+    if refused:
+        parts.append("refused" if not numbers else f"refused: {', '.join(refused)}")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":
