@@ -184,6 +184,8 @@ def jdeq_contestants() -> list[JaxContestant]:
         "Anderson(10)": {"solver": s.Anderson(window=10)},
         "Anderson(2)": {"solver": s.Anderson(window=2)},
         "Picard": {"solver": s.Picard()},
+        "Picard, compaction": {"solver": s.Picard(), "compaction": 6},
+        "Anderson(2), compaction": {"solver": s.Anderson(window=2), "compaction": 6},
         "Broyden": {"solver": s.Broyden()},
         "NewtonKrylov": {"solver": s.NewtonKrylov()},
     }
