@@ -52,7 +52,10 @@ def temporary(preset: str, inner_steps: int) -> int:
     generator, params = build_generator(config, shape, seed=0)
 
     def gradient(params, images, key):
-        return jax.grad(training_loss, has_aux=True)(params, generator, config, images, key)
+        x0, _ = generator.start(params, len(images))
+        loss = jax.grad(training_loss, has_aux=True)
+        gradient, (metrics, _) = loss(params, generator, config, images, key, x0)
+        return gradient, metrics
 
     images = jnp.zeros((config.batch_size, *shape))
     compiled = jax.jit(gradient).lower(params, images, jax.random.key(0)).compile()

@@ -32,6 +32,8 @@ class Config:
         latent_penalty: Weight of `||x||^2` in the objective.
         inner_steps: Iterations of the joint solve in training.
         inner_step_size: First step of Adam on x; it falls along a cosine over the iterations.
+        warm_starts: Training images, at most, whose next solve starts from their last x; 0 starts
+            all from zero. It goes with fewer iterations and a smaller first step.
         evaluation_steps: Iterations of the joint solve on test images.
         evaluation_batch: Images solved at once in the evaluation.
         mixture_components: Components of the Gaussian mixture on the training latents.
@@ -63,6 +65,7 @@ class Config:
     latent_penalty: float = 1e-3
     inner_steps: int = 40
     inner_step_size: float = 0.3
+    warm_starts: int = 0
     evaluation_steps: int = 300
     evaluation_batch: int = 256
     mixture_components: int = 20
@@ -92,6 +95,8 @@ PRESETS = {
         steps=60,
         hidden=64,
         inner_steps=20,
+        inner_step_size=0.1,
+        warm_starts=1024,
         evaluation_steps=60,
         mixture_components=4,
         mixture_images=256,
@@ -106,6 +111,10 @@ PRESETS = {
     # python -m experiments.generative
     # Two to three minutes on 2 CPU cores: 25.7 dB on the test images, where PCA has 19.4.
     "digits": _DIGITS,
+    # python -m experiments.generative --preset digits-warm
+    # Half the iterations, from each image's last latent: three fifths of the training time. One
+    # seed without evaluation of speed: 25.5 dB, where 23 iterations from zero reach 25.1.
+    "digits-warm": replace(_DIGITS, inner_steps=20, inner_step_size=0.1, warm_starts=2048),
     # python -m experiments.generative --preset mnist
     # Eight minutes on 2 CPU cores: 25.0 dB on 10,000 test images, where PCA has 17.7.
     "mnist": Config(

@@ -21,6 +21,7 @@ from experiments.generative.problem import (
     squared_error,
     training_method,
 )
+from jdeq.joint import StartStore, starts
 
 PyTree = Any
 
@@ -34,11 +35,13 @@ class TrainState(NamedTuple):
         params: Parameters of the generator.
         optimizer: State of AdamW on them.
         key: PRNG key of the Jacobian penalty's probes.
+        latents: Store of the last x of training images, or None.
     """
 
     params: PyTree
     optimizer: optax.OptState
     key: Array
+    latents: StartStore | None
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
@@ -51,13 +54,17 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
 
     def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key, probes = jax.random.split(state.key)
-        gradient, metrics = jax.grad(training_loss, has_aux=True)(
-            state.params, generator, config, batch["image"], probes
+        x0 = starting_latents(state, generator, batch)
+        gradient, (metrics, solution) = jax.grad(training_loss, has_aux=True)(
+            state.params, generator, config, batch["image"], probes, x0
         )
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         params = generator.contract(optax.apply_updates(state.params, updates))
-        return TrainState(params, memory, key), metrics
+        latents = state.latents
+        if latents is not None:
+            latents = starts.update(latents, batch["index"], solution)
+        return TrainState(params, memory, key, latents), metrics
 
     fit(
         update,
@@ -79,12 +86,25 @@ def outer_optimizer(config: Config) -> optax.GradientTransformation:
 
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
     """What training starts from, given the initial parameters."""
-    return TrainState(params, outer_optimizer(config).init(params), jax.random.key(seed))
+    latents = None
+    if config.warm_starts:
+        like = jdeq.AugmentedState(None, jnp.zeros((1, config.latent_dim)), None)
+        latents = starts.init(like, config.warm_starts, keep=("x",))
+    memory = outer_optimizer(config).init(params)
+    return TrainState(params, memory, jax.random.key(seed), latents)
+
+
+def starting_latents(state: TrainState, generator: Generator, batch: dict[str, Array]) -> Array:
+    """The first x of a batch: what each image's last solve found, or zero."""
+    x0, _ = generator.start(state.params, len(batch["image"]))
+    if state.latents is None:
+        return x0
+    return starts.lookup(state.latents, batch["index"], jdeq.AugmentedState(None, x0, None)).x
 
 
 def training_loss(
-    params: PyTree, generator: Generator, config: Config, images: Array, key: Array
-) -> tuple[Array, Metrics]:
+    params: PyTree, generator: Generator, config: Config, images: Array, key: Array, x0: Array
+) -> tuple[Array, tuple[Metrics, jdeq.Solution]]:
     """Mean optimal objective of the images, plus the Jacobian penalty at their equilibria.
 
     Args:
@@ -93,12 +113,13 @@ def training_loss(
         config: Settings.
         images: [B, H, W, C] in [0, 1].
         key: PRNG key of the penalty's probes.
+        x0: First latents, [B, latent_dim].
 
     Returns:
-        (loss, metrics); the gradient of the loss is the envelope gradient, exact up to the
-        residuals among the metrics.
+        (loss, (metrics, solution of the input problems)); the gradient of the loss is the envelope
+        gradient, exact up to the residuals among the metrics.
     """
-    x0, z0 = generator.start(params, len(images))
+    _, z0 = generator.start(params, len(images))
     values, solution = jdeq.input_value(
         generator.problem,
         params,
@@ -126,4 +147,4 @@ def training_loss(
         "kkt_stationarity": jnp.median(solution.residual.stationarity),
         "failed": jnp.mean(solution.result >= jdeq.Result.diverged),
     }
-    return loss, metrics
+    return loss, (metrics, solution)

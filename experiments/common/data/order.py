@@ -21,13 +21,14 @@ def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
         seed: Seed of the order, at least 0 and below 2**32.
 
     Returns:
-        An iterator over {"image": float32 [batch_size, H, W, C] in [0, 1]}, with
-        "label": int32 [batch_size] where the split has labels.
+        An iterator over {"image": float32 [batch_size, H, W, C] in [0, 1], "index": int32
+        [batch_size], their places in the split}, with "label": int32 [batch_size] where the split
+        has labels.
     """
 
     def read(indices: list[int]) -> dict[str, np.ndarray]:
         chosen = np.asarray(indices)
-        batch = {"image": split.images.read(chosen)}
+        batch = {"image": split.images.read(chosen), "index": chosen.astype(np.int32)}
         if split.labels is not None:
             batch["label"] = split.labels[chosen]
         return batch

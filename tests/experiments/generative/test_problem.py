@@ -14,7 +14,8 @@ import jdeq
 from experiments.generative.config import PRESETS
 from experiments.generative.inference import infer
 from experiments.generative.problem import build_generator
-from experiments.generative.train import training_loss
+from experiments.generative.train import initial_state, starting_latents, training_loss
+from jdeq.joint import starts
 
 CONFIG = replace(PRESETS["smoke"], hidden=24, latent_dim=4, jacobian_weight=0.0)
 SHAPE = (8, 8, 1)
@@ -69,7 +70,8 @@ def test_the_training_gradient_is_that_of_the_optimal_value(images):
     generator, params = build_generator(config, SHAPE, seed=0)
 
     def loss(params):
-        return training_loss(params, generator, config, images, jax.random.key(0))[0]
+        x0, _ = generator.start(params, len(images))
+        return training_loss(params, generator, config, images, jax.random.key(0), x0)[0]
 
     gradient = jax.grad(loss)(params)
     along = float(optax.tree.norm(gradient))
@@ -85,12 +87,33 @@ def test_the_training_gradient_is_that_of_the_optimal_value(images):
 def test_the_jacobian_penalty_is_added_with_its_weight(built, images):
     generator, params = built
     key = jax.random.key(0)
-    without, metrics = training_loss(params, generator, CONFIG, images, key)
+    x0, _ = generator.start(params, len(images))
+    without, (metrics, _) = training_loss(params, generator, CONFIG, images, key, x0)
     config = replace(CONFIG, jacobian_weight=3.0)
-    with_penalty, _ = training_loss(params, generator, config, images, key)
+    with_penalty, _ = training_loss(params, generator, config, images, key, x0)
     assert metrics["jacobian"] > 0
     assert float(with_penalty - without) == pytest.approx(3 * float(metrics["jacobian"]), rel=1e-3)
     assert metrics["failed"] == 0
+
+
+def test_images_seen_before_start_from_their_last_latent(images):
+    config = replace(CONFIG, warm_starts=6, inner_step_size=0.05)
+    generator, params = build_generator(config, SHAPE, seed=0)
+    state = initial_state(config, params, seed=0)
+
+    def solve(index):
+        batch = {"image": images[index], "index": jnp.array(index)}
+        x0 = starting_latents(state, generator, batch)
+        loss = training_loss(params, generator, config, batch["image"], jax.random.key(0), x0)
+        return x0, loss[1][1]
+
+    x0, first = solve([3, 1, 9])  # the last shares a slot with the first
+    np.testing.assert_array_equal(x0, 0)
+    latents = starts.update(state.latents, jnp.array([3, 1, 9]), first)
+    state = state._replace(latents=latents)
+    x0, second = solve([1, 3, 9])
+    np.testing.assert_array_equal(x0, first.value.x[jnp.array([1, 0, 2])].at[2].set(0))
+    assert np.all(second.aux.objective[:2] < first.aux.objective[jnp.array([1, 0])])
 
 
 def test_a_damaged_image_harms_no_other(built, images):
@@ -121,7 +144,7 @@ def test_every_preset_trains_on_the_shape_of_its_images(name):
         generator, params = build_generator(config, shape, seed=0)
         x, z = generator.start(params, 2)
         loss, _ = jax.grad(training_loss, has_aux=True)(
-            params, generator, config, images, jax.random.key(0)
+            params, generator, config, images, jax.random.key(0), x
         )
         return x, generator.decode(params, z), params, loss
 

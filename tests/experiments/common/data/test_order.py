@@ -52,6 +52,8 @@ def test_images_and_labels_belong_together(split):
     batch = next(batches(split, 10, seed=1))
     np.testing.assert_allclose(batch["image"].squeeze() * 255, batch["label"], rtol=1e-6)
     assert batch["image"].dtype == np.float32
+    np.testing.assert_array_equal(split.labels[batch["index"]], batch["label"])
+    assert batch["index"].dtype == np.int32
 
 
 def test_images_read_ahead_by_threads_come_in_the_same_order(split):
