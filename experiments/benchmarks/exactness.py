@@ -237,14 +237,15 @@ def random_like(tree: PyTree, key: Array) -> PyTree:
     """Normal numbers in the shapes of ``tree``."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [jax.random.normal(k, jnp.shape(v)) for k, v in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, jnp.shape(v)) for k, v in zip(keys, leaves, strict=True)]
     )
 
 
 def outer(z: PyTree) -> Array:
     """A loss whose second derivative is not constant."""
-    return sum(jnp.sum(jnp.sin(leaf) + 0.1 * leaf**2) for leaf in jax.tree.leaves(z))
+    values = [jnp.sum(jnp.sin(leaf) + 0.1 * leaf**2) for leaf in jax.tree.leaves(z)]
+    return jnp.sum(jnp.stack(values))
 
 
 Loss = Callable[[Array], Array]
@@ -263,7 +264,7 @@ def along(problems: list[Problem], solve: Callable[[list, list], list]) -> Loss:
             for pair, pair_direction, steps in zip(pairs, directions, t, strict=True)
             for value, direction, s in zip(pair, pair_direction, steps, strict=True)
         ]
-        return sum(outer(z) for z in solve(moved[::2], moved[1::2]))
+        return jnp.sum(jnp.stack([outer(z) for z in solve(moved[::2], moved[1::2])]))
 
     return loss
 
@@ -293,7 +294,8 @@ def batched(problems: list[Problem], **options: Any) -> Callable[[list, list], j
 
     def split(z: PyTree) -> list[PyTree]:
         parts = [jnp.split(leaf, rows) for leaf in jax.tree.leaves(z)]
-        return [jax.tree.structure(starts[0]).unflatten(part) for part in zip(*parts, strict=True)]
+        structure = jax.tree.structure(starts[0])
+        return [jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True)]
 
     def cell(given: tuple[list, list], z: PyTree) -> PyTree:
         images = [
@@ -309,6 +311,13 @@ def batched(problems: list[Problem], **options: Any) -> Callable[[list, list], j
         return dataclasses.replace(solution, aux=split(solution.value))
 
     return solve
+
+
+def answers(problems: list[Problem]) -> Callable[[list, list], list]:
+    """The known solutions of all problems."""
+    return lambda params, xs: [
+        problem.answer(q, x) for problem, q, x in zip(problems, params, xs, strict=True)
+    ]
 
 
 def cases(group: str, options: Options) -> Iterator[tuple[str, str]]:
@@ -381,12 +390,7 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     for group in options.problems:
         problems = {name: make() for name, make in GROUPS[group].items()}
-        exact = along(
-            list(problems.values()),
-            lambda params, xs, problems=problems: [
-                p.answer(q, x) for p, q, x in zip(problems.values(), params, xs, strict=True)
-            ],
-        )
+        exact = along(list(problems.values()), answers(list(problems.values())))
         reference = {
             name: np.asarray(compute())
             for name, compute in transforms(exact, len(problems), forward=True).items()
