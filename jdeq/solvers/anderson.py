@@ -26,6 +26,8 @@ class AndersonMemory(NamedTuple):
         dy: differences of targets, every leaf ``[B, window, n]``.
         gram: the products that the least-squares problem needs, ``[B, window, window]``: type II
             ``dg_i . dg_j``, type I ``dz_i . dg_j``.
+        kept: which slots hold a difference that counts, bool ``[B, window]``.
+        lowest: lowest residual norm since the window was empty, ``[B]``.
     """
 
     last_g: PyTree
@@ -33,6 +35,8 @@ class AndersonMemory(NamedTuple):
     dg: PyTree
     dy: PyTree
     gram: Array
+    kept: Array
+    lowest: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Anderson:
         regularization: at least 0, added to the size of the diagonal of the system for ``gamma``
             once that is scaled to one; 0 is none, and the more there is the nearer is the step to
             the damped Picard step. None is ten times the rounding unit of the dtype.
+        restart: above 1: a problem whose residual exceeds this times its lowest empties its window
+            and goes on with a damped Picard step. None never does, which lets the residual rise
+            for a while, as it often must on the way to a faster fall.
 
     Raises:
         ValueError: if an option is outside its range.
@@ -64,6 +71,7 @@ class Anderson:
     kind: Literal["I", "II"] = "II"
     mixing: float = 1.0
     regularization: float | None = None
+    restart: float | None = None
 
     def __post_init__(self) -> None:
         _options.check_count("Anderson", "window", self.window)
@@ -71,15 +79,28 @@ class Anderson:
         _options.check_fraction("Anderson", "mixing", self.mixing)
         if self.regularization is not None:
             _options.check_nonnegative("Anderson", "regularization", self.regularization)
+        if self.restart is not None and not (_options.is_real(self.restart) and self.restart > 1):
+            raise ValueError(
+                f"Anderson: restart={self.restart!r} was given, but a number above 1 is expected; "
+                f"pass None for no restarts."
+            )
 
     def init(self, z: PyTree) -> AndersonMemory:
         """Empty windows for iterates like ``z``."""
         windows = _windows.empty(z, self.window)
         leaves = jax.tree.leaves(z)
         dtype = _tree.accumulation_dtype(jnp.result_type(*leaves))
-        gram = jnp.zeros((leaves[0].shape[0], self.window, self.window), dtype)
+        count = leaves[0].shape[0]
         zeros = _tree.zeros_like(z)
-        return AndersonMemory(zeros, zeros, windows, windows, gram)
+        return AndersonMemory(
+            last_g=zeros,
+            last_y=zeros,
+            dg=windows,
+            dy=windows,
+            gram=jnp.zeros((count, self.window, self.window), dtype),
+            kept=jnp.zeros((count, self.window), bool),
+            lowest=jnp.full((count,), jnp.inf, dtype),
+        )
 
     def step(
         self, z: PyTree, fz: PyTree, memory: AndersonMemory, k: Array
@@ -94,23 +115,22 @@ class Anderson:
         slot = jnp.mod(k - 1, self.window)
         dg = _windows.write(memory.dg, new_dg, slot)
         dy = _windows.write(memory.dy, new_dy, slot)
+        kept, lowest = self._keep(memory, g, slot)
 
         gram, rhs = self._products(memory.gram, dg, dy, new_dg, new_dy, g, slot)
-        gamma = self._solve(gram, rhs)
+        gamma = self._solve(gram, rhs, kept)
         z_next = _tree.subtract(y, _windows.combine(dy, gamma, y))
-        return z_next, AndersonMemory(g, y, dg, dy, gram)
+        return z_next, AndersonMemory(g, y, dg, dy, gram, kept, lowest)
 
-    def forget(self, memory: AndersonMemory, problems: Array) -> AndersonMemory:
-        """Empties the windows of ``problems`` (bool ``[B]``): their next step is a plain one."""
-
-        def clear(window: Array) -> Array:
-            return jnp.where(_tree.expand(problems, window), jnp.zeros_like(window), window)
-
-        windows = (memory.dg, memory.dy, memory.gram)
-        windows = lax.cond(
-            jnp.any(problems), lambda w: jax.tree.map(clear, w), lambda w: w, windows
-        )
-        return memory._replace(dg=windows[0], dy=windows[1], gram=windows[2])
+    def _keep(self, memory: AndersonMemory, g: PyTree, slot: Array) -> tuple[Array, Array]:
+        """Which slots count from now on, and the lowest residual since the last restart."""
+        kept = memory.kept | (jnp.arange(self.window) == slot)
+        if self.restart is None:
+            return kept, memory.lowest
+        residual = _tree.norm(g).astype(memory.lowest.dtype)
+        restarts = residual > self.restart * memory.lowest
+        lowest = jnp.where(restarts, residual, jnp.minimum(residual, memory.lowest))
+        return kept & ~restarts[:, None], lowest
 
     def transposed_inverse(self, memory: AndersonMemory, v: PyTree) -> PyTree:
         """The multisecant estimate, transposed; see ``InverseEstimator.transposed_inverse``.
@@ -120,7 +140,7 @@ class Anderson:
         ``H dG = dZ``, as of the inverse of ``dg/dz = df/dz - I``, and the estimate is ``-H^T v``.
         """
         (dy_dot_v,) = _windows.products(memory.dy, [v])
-        weights = self._solve(jnp.swapaxes(memory.gram, 1, 2), dy_dot_v)
+        weights = self._solve(jnp.swapaxes(memory.gram, 1, 2), dy_dot_v, memory.kept)
         secants = _windows.combine(memory.dg, weights, v)
         if self.kind == "I":
             steps = _windows.combine(memory.dy, weights, v)
@@ -155,8 +175,10 @@ class Anderson:
         gram = lax.dynamic_update_index_in_dim(gram, column, slot, 2)
         return gram, dy_dot_g - self.mixing * dg_dot_g
 
-    def _solve(self, gram: Array, rhs: Array) -> Array:
+    def _solve(self, gram: Array, rhs: Array, kept: Array) -> Array:
         """``gamma [B, window]``; zero, a plain step, where the system has no finite solution."""
+        gram = jnp.where(kept[:, :, None] & kept[:, None, :], gram, 0)
+        rhs = jnp.where(kept, rhs, 0)
         regularization = self.regularization
         if regularization is None:
             regularization = 10 * float(jnp.finfo(gram.dtype).eps)

@@ -136,3 +136,54 @@ def test_a_constant_map_leaves_no_direction_to_mix():
 def test_refuses_options_outside_their_range(option, value, expected):
     with pytest.raises(ValueError, match=rf"Anderson: {option}=.* was given, but {expected}"):
         Anderson(**{option: value})
+
+
+class TestRestart:
+    def test_a_residual_that_rose_empties_the_window(self):
+        """After a restart the step is the plain one, and so the next is Anderson's first."""
+        solver, plain = Anderson(3, restart=1.5), Anderson(3)
+        z = jnp.array([[1.0, -2.0]])
+        images = [jnp.array([[0.5, -1.5]]), jnp.array([[0.7, -1.0]]), jnp.array([[9.0, 9.0]])]
+        memory = solver.init(z)
+        for k, image in enumerate(images):
+            z_next, memory = solver.step(z, image, memory, jnp.array(k))
+            if k < 2:
+                z = z_next
+        np.testing.assert_array_equal(z_next, images[-1])
+        assert not memory.kept.any()
+        # From here on both know the last residual and target alone.
+        again = plain.init(z)
+        _, again = plain.step(z, images[-1], again, jnp.array(0))
+        after = jnp.array([[4.0, 3.0]])
+        restarted, _ = solver.step(z_next, after, memory, jnp.array(3))
+        fresh, _ = plain.step(z_next, after, again, jnp.array(1))
+        np.testing.assert_allclose(restarted, fresh, rtol=1e-12)
+
+    def test_problems_restart_on_their_own(self):
+        solver = Anderson(3, restart=2.0)
+        z = jnp.ones((2, 2))
+        memory = solver.init(z)
+        for k, size in enumerate([(0.5, 0.5), (0.4, 0.4), (0.3, 5.0)]):
+            image = z + jnp.array(size)[:, None] * jnp.array([[1.0, 0.3 * k]])
+            z, memory = solver.step(z, image, memory, jnp.array(k))
+        assert memory.kept.any(axis=1).tolist() == [True, False]
+
+    def test_solves_as_without_it(self):
+        p = problems.tanh(norm=0.95)
+        solution = jdeq.deq(
+            p.cell,
+            p.params,
+            p.x,
+            p.z0,
+            solver=Anderson(restart=1.2),
+            rtol=1e-10,
+            atol=0.0,
+            max_steps=300,
+        )
+        assert np.all(solution.converged)
+        np.testing.assert_allclose(solution.value, p.answer, rtol=1e-8)
+
+    @pytest.mark.parametrize("bad", [1, 0.5, -2.0, float("inf"), "2"])
+    def test_must_be_above_one(self, bad):
+        with pytest.raises(ValueError, match=r"restart=.* a number above 1 is expected"):
+            Anderson(restart=bad)
