@@ -85,6 +85,7 @@ def test_of_a_solution_that_is_there_and_its_residuals():
     np.testing.assert_array_equal(d.relative.stationarity, s.residual.stationarity)
 
 
+@pytest.mark.slow
 def test_the_largest_stable_step_is_where_gradient_descent_turns():
     """On a bent problem, by taking steps a little shorter and a little longer."""
     rng = np.random.default_rng(0)
@@ -126,6 +127,7 @@ def tree_objective(params, z, x, target):
     return sum(jnp.sum((leaf - target) ** 2, 1) for leaf in z.values()) + jnp.sum(x**2, 1)
 
 
+@pytest.mark.slow
 def test_more_inputs_than_states_in_float32_under_jit():
     """``J J^T`` is then the smaller kernel; its eigenvalues are 4, 4 and ``(3 / 0.8)^2``."""
     problem = jdeq.InputProblem(tree_cell, tree_objective)

@@ -64,6 +64,7 @@ def test_bisection_finds_the_loosest_tolerance_that_passes():
     assert steps == 17  # 2^-17 = 7.6e-6
 
 
+@pytest.mark.slow
 def test_jdeq_and_jaxopt_in_one_run(tmp_path):
     path = tmp_path / "peers.json"
     peers.main(

@@ -19,6 +19,7 @@ def test_contestants_run_in_turns():
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
+@pytest.mark.slow
 def test_overhead_writes_a_ratio_for_each_solver(tmp_path):
     path = tmp_path / "overhead.json"
     solve_overhead.main(
@@ -45,6 +46,7 @@ def test_compiled_programs_are_counted():
     assert compile_time.count_compiled(lambda: jnp.cos(jnp.ones(7) * 3)) > 0
 
 
+@pytest.mark.slow
 def test_compile_time_has_all_parts():
     problem = dense(batch=4, units=8)
     (row, *_) = compile_time.compile_times(problem, repeats=1, libraries=("jdeq",)).values()
@@ -53,6 +55,7 @@ def test_compile_time_has_all_parts():
     assert total == pytest.approx(row["total"]["median"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_memory_of_the_implicit_gradient_does_not_grow_and_that_of_the_unrolled_does():
     problem = dense(batch=4, units=8)
     row = solve_memory.row(problem, "Implicit")

@@ -119,6 +119,7 @@ def test_a_probe_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_convolutions_of_the_multiscale_cell():
     """Slope, gradient and Hessian-vector product against differences."""
     cell = MultiscaleCell((8, 8), expansion=1, state_scale=0.5, rngs=nnx.Rngs(0),
