@@ -98,14 +98,6 @@ def extreme_eigenvalues(
     return eigenvalues[:, 0], eigenvalues[:, -1]
 
 
-def random_like(key: Array, tree: PyTree) -> PyTree:
-    """Standard normal numbers in the structure, shapes and dtypes of ``tree``."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
-
-
 def _normalised(v: PyTree) -> PyTree:
     size = _tree.norm(v)
     return _tree.scale(1 / jnp.where(size > 0, size, 1), v)

@@ -79,3 +79,11 @@ def zeros_like(tree: PyTree) -> PyTree:
 def cast_like(tree: PyTree, other: PyTree) -> PyTree:
     """``tree`` with the dtypes of ``other``, leaf by leaf."""
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, other)
+
+
+def normal_like(key: Array, tree: PyTree) -> PyTree:
+    """Standard normal numbers in the structure, shapes and dtypes of ``tree``."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)

@@ -204,7 +204,7 @@ def _diagnose(
 
     _, push = jax.linearize(lambda z: pure.cell(theta, (at.x, *rest), z), at.z)
     state_radius = _spectrum.spectral_radius(
-        push, _spectrum.random_like(keys[0], at.z), dimension=dimension
+        push, _tree.normal_like(keys[0], at.z), dimension=dimension
     )
     reduced = _Reduced.at(pure, given, at, linear_rtol)
     kernel = reduced.kernel_range(keys[1], dimension)
@@ -252,7 +252,7 @@ def _augmented_radius(
     run = JointRun(pure, Polished(), 1)
     inputs = (given.target, given.rest, Units(scale, jnp.sqrt(step * scale)))
     _, push = jax.linearize(lambda at: run.augmented_map(given.theta, inputs, at), at)
-    start = _spectrum.random_like(key, at)
+    start = _tree.normal_like(key, at)
     return _spectrum.spectral_radius(push, start, dimension=dimension)
 
 
@@ -353,7 +353,7 @@ class _Reduced:
 
 
 def _range(product: Product, like: PyTree, key: Array, dimension: int) -> _Range:
-    start = _spectrum.random_like(key, like)
+    start = _tree.normal_like(key, like)
     dimension = min(dimension, _size(like))
     return _Range(*_spectrum.extreme_eigenvalues(product, start, dimension=dimension))
 

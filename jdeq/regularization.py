@@ -62,7 +62,7 @@ def jacobian_frobenius(
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(z))
 
     def estimate(key: Array) -> Array:
-        (product,) = pull_back(_normal_like(key, z))
+        (product,) = pull_back(_tree.normal_like(key, z))
         return _tree.dot(product, product) / dimension
 
     return jnp.mean(jax.vmap(estimate)(jax.random.split(key, probes)), axis=0)
@@ -184,7 +184,7 @@ def spectral_radius(
         term = weight.astype(growth.dtype) * jnp.log(safe)
         return v, jnp.where(vanished & (weight > 0), -jnp.inf, term)
 
-    start = _normal_like(key, z)
+    start = _tree.normal_like(key, z)
     _, terms = lax.scan(step, _tree.scale(1 / _tree.norm(start), start), weights)
     return jnp.exp(jnp.sum(terms, axis=0))
 
@@ -227,10 +227,3 @@ def _check_range(owner: str, steps: Any) -> tuple[int, int]:
     _options.check_count(owner, "steps[0]", pair[0], least=0)
     _options.check_count(owner, "steps[1]", pair[1], least=pair[0])
     return pair
-
-
-def _normal_like(key: Array, tree: PyTree) -> PyTree:
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)

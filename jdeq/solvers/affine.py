@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ PyTree = Any
 LinearMap = Callable[[PyTree], PyTree]
 
 
-class AffineSolver:
+class AffineSolver(abc.ABC):
     """A ``MapSolver`` for affine maps ``z -> A z + b``.
 
     It corrects ``z`` by ``d`` with ``(I - A) d = f(z) - z``. The adjoint equation
@@ -49,9 +50,9 @@ class AffineSolver:
         change, spent = self.correct(complement(f, z, fz), g)
         return _tree.add(z, change), memory, spent
 
+    @abc.abstractmethod
     def correct(self, matvec: LinearMap, g: PyTree) -> tuple[PyTree, Array]:
         """Solves ``matvec(d) = g`` from zero: ``d``, and the products that each problem took."""
-        raise NotImplementedError
 
 
 def complement(f: LinearMap, z: PyTree, fz: PyTree) -> LinearMap:

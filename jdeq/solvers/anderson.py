@@ -27,7 +27,7 @@ class AndersonMemory(NamedTuple):
         gram: the products that the least-squares problem needs, ``[B, window, window]``: type II
             ``dg_i . dg_j``, type I ``dz_i . dg_j``.
         kept: which slots hold a difference that counts, bool ``[B, window]``.
-        lowest: lowest residual norm since the window was empty, ``[B]``.
+        lowest: lowest residual norm of this solve since its last restart, ``[B]``.
     """
 
     last_g: PyTree
@@ -115,21 +115,25 @@ class Anderson:
         slot = jnp.mod(k - 1, self.window)
         dg = _windows.write(memory.dg, new_dg, slot)
         dy = _windows.write(memory.dy, new_dy, slot)
-        kept, lowest = self._keep(memory, g, slot)
+        kept, lowest = self._keep(memory, g, k, slot)
 
         gram, rhs = self._products(memory.gram, dg, dy, new_dg, new_dy, g, slot)
         gamma = self._solve(gram, rhs, kept)
         z_next = _tree.subtract(y, _windows.combine(dy, gamma, y))
         return z_next, AndersonMemory(g, y, dg, dy, gram, kept, lowest)
 
-    def _keep(self, memory: AndersonMemory, g: PyTree, slot: Array) -> tuple[Array, Array]:
+    def _keep(
+        self, memory: AndersonMemory, g: PyTree, k: Array, slot: Array
+    ) -> tuple[Array, Array]:
         """Which slots count from now on, and the lowest residual since the last restart."""
         kept = memory.kept | (jnp.arange(self.window) == slot)
         if self.restart is None:
             return kept, memory.lowest
         residual = _tree.norm(g).astype(memory.lowest.dtype)
-        restarts = residual > self.restart * memory.lowest
-        lowest = jnp.where(restarts, residual, jnp.minimum(residual, memory.lowest))
+        # The lowest residual of an earlier solve is no standard for a memory that goes on from it.
+        lowest = jnp.where(k > 0, memory.lowest, jnp.inf)
+        restarts = residual > self.restart * lowest
+        lowest = jnp.where(restarts, residual, jnp.minimum(residual, lowest))
         return kept & ~restarts[:, None], lowest
 
     def transposed_inverse(self, memory: AndersonMemory, v: PyTree) -> PyTree:

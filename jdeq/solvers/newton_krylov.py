@@ -63,7 +63,7 @@ class NewtonKrylov:
     def __post_init__(self) -> None:
         _options.check_count("NewtonKrylov", "dimension", self.dimension)
         _options.check_fraction("NewtonKrylov", "forcing", self.forcing)
-        _options.check_nonnegative("NewtonKrylov", "halvings", self.halvings)
+        _options.check_count("NewtonKrylov", "halvings", self.halvings, least=0)
 
     def init(self, z: PyTree) -> NewtonKrylovMemory:
         """No step yet."""

@@ -78,7 +78,9 @@ class TestCellOutputs:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("solver", [Anderson(5), Anderson(5, "I"), Broyden(), Broyden(3)])
+    @pytest.mark.parametrize(
+        "solver", [Anderson(5), Anderson(5, "I"), Anderson(5, restart=2.0), Broyden(), Broyden(3)]
+    )
     def test_speeds_up_the_next_solve(self, solver):
         p = problems.tanh(norm=0.95, batch=8)
         first = jdeq.deq(
