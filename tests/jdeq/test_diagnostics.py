@@ -260,7 +260,7 @@ def test_spectra_are_exact_in_the_whole_space(size):
             np.zeros((size, size)),
         ]
     )
-    start = _spectrum.random_like(jax.random.key(0), jnp.zeros((4, size)))
+    start = _spectrum.normal_like(jax.random.key(0), jnp.zeros((4, size)))
 
     def product(of):
         return lambda v: jnp.einsum("bij,bj->bi", jnp.array(of), v)
