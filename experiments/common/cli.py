@@ -32,6 +32,7 @@ Summary = dict[str, float | int | str]
 _RUNS = Path("runs")
 _STATUS_ERROR = 1
 _STATUS_INTERRUPTED = 130
+_OF_TRAINED = ("evaluate", "export")  # commands that never train
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Arguments:
     """Arguments of every task.
 
     Attributes:
-        command: `train`, `evaluate`, or nothing for both.
+        command: `train`, `evaluate`, nothing for both, or `export` (tasks that make images) to
+            write a run's images as png files.
         preset: Name of the settings. Default: the task's smallest real preset, or that of the run
             directory.
         run_dir: Directory of the run. Default: a new one in runs/TASK/, or with --resume and
@@ -49,14 +51,19 @@ class Arguments:
         seed: Seed of parameters and data order, from 0 to 2**32 - 1. Default: 0, or that of the
             run directory.
         resume: Continue the unfinished run in the run directory.
+        from_run: Directory of a trained run of the task that this one builds on, to take its models
+            from (inverse: a generative run). Default: they are trained first.
     """
 
-    command: Annotated[Literal["both", "train", "evaluate"], tyro.conf.Positional] = "both"
+    command: Annotated[Literal["both", "train", "evaluate", "export"], tyro.conf.Positional] = (
+        "both"
+    )
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     data_root: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    from_run: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,9 @@ class Task(Generic[C]):
         train: `train(settings, run, data_root)` trains to the end, from a checkpoint if there is
             one.
         evaluate: `evaluate(settings, run, data_root)` measures, draws and returns the results.
+        export: `export(settings, run, data_root)` writes images, where the task makes any.
+        adopt: `adopt(settings, run, source)` copies what a new run needs from the run in the
+            directory `source`, where the task builds on another.
     """
 
     name: str
@@ -79,6 +89,8 @@ class Task(Generic[C]):
     default: str
     train: Callable[[C, RunDirectory, Path | None], None]
     evaluate: Callable[[C, RunDirectory, Path | None], Summary]
+    export: Callable[[C, RunDirectory, Path | None], None] | None = None
+    adopt: Callable[[C, RunDirectory, Path], None] | None = None
 
 
 def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
@@ -105,9 +117,9 @@ def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
 
 
 def _continuation(task: Task[Any], arguments: Arguments, run: RunDirectory) -> str:
-    words = {"both": "", "train": " train", "evaluate": " evaluate"}[arguments.command]
+    words = "" if arguments.command == "both" else f" {arguments.command}"
     data = f" --data-root {arguments.data_root}" if arguments.data_root is not None else ""
-    resume = "" if arguments.command == "evaluate" else " --resume"
+    resume = "" if arguments.command in _OF_TRAINED else " --resume"
     return f"python -m experiments.{task.name}{words} --run-dir {run.path}{data}{resume}"
 
 
@@ -129,9 +141,16 @@ def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
         )
     if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and 2**32 - 1.")
-    if arguments.command == "evaluate":
-        if arguments.resume:
-            raise UserError("evaluate has nothing to resume; leave --resume away.")
+    if arguments.command == "export" and task.export is None:
+        raise UserError(f"{task.name} has no images to export.")
+    if arguments.from_run is not None and task.adopt is None:
+        raise UserError(f"{task.name} builds on no other run; leave --from-run away.")
+    if arguments.command in _OF_TRAINED:
+        for option, given in (("--resume", arguments.resume), ("--from-run", arguments.from_run)):
+            if given:
+                raise UserError(
+                    f"{arguments.command} works on a run as it is; leave {option} away."
+                )
         return open_run(
             _existing(task, arguments), task.name, preset=arguments.preset, seed=arguments.seed
         )
@@ -143,15 +162,19 @@ def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
         preset = arguments.preset or task.default
         path = _RUNS / task.name / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if holds_run(path):
+        if arguments.from_run is not None:
+            raise UserError(f"{path} holds a run with models already; leave --from-run away.")
         return continue_run(
             path, task.name, preset=arguments.preset, seed=arguments.seed, resume=arguments.resume
         )
     if arguments.resume:
         say(f"{path} holds no run yet: starting at step 0.")
     preset = arguments.preset or task.default
-    return start_run(
-        path, RunRecord.new(task.name, preset, arguments.seed or 0, task.presets[preset])
-    )
+    settings = task.presets[preset]
+    run = start_run(path, RunRecord.new(task.name, preset, arguments.seed or 0, settings))
+    if arguments.from_run is not None and task.adopt is not None:
+        task.adopt(settings, run, arguments.from_run)
+    return run
 
 
 def _existing(task: Task[Any], arguments: Arguments) -> Path:
@@ -162,6 +185,10 @@ def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
     record = run.record
     settings = record.settings_as(type(task.presets[task.default]))
     say(f"{task.name}, preset {record.preset}, seed {record.seed}, run directory {run.path}")
+    if arguments.command == "export":
+        assert task.export is not None  # checked before the run directory was claimed
+        task.export(settings, run, arguments.data_root)
+        return
     if arguments.command != "evaluate":
         if not is_trained(run):
             run.discard_summary()

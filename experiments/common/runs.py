@@ -98,6 +98,12 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def part(self, name: str) -> RunDirectory:
+        """The folder of a further model of this run, with checkpoints and metrics of its own."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        return RunDirectory(folder, self.record)
+
     def write_summary(self, summary: dict[str, float | int | str]) -> None:
         """Write the results; a number may be infinite."""
         write_json(self.path / _SUMMARY, summary)
