@@ -1,0 +1,130 @@
+"""Few-shot tasks, drawn from characters in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from experiments.common.errors import UserError
+
+_ENDLESS = 2**31 - 1  # tasks; no training draws as many
+
+
+class Tasks(NamedTuple):
+    """A batch of B tasks of N classes, labelled 0 to N - 1 in each.
+
+    Attributes:
+        support: What is learnt from, float32 [B, n, H, W, C] in [0, 1].
+        support_label: int32 [B, n].
+        query: What is tested on, float32 [B, m, H, W, C].
+        query_label: int32 [B, m].
+    """
+
+    support: np.ndarray
+    support_label: np.ndarray
+    query: np.ndarray
+    query_label: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Characters:
+    """Classes of images.
+
+    Attributes:
+        names: One a class.
+        images: One array a class, [n, H, W, C]: uint8, 1 for ink and 0 for paper, or float32 in
+            [0, 1].
+    """
+
+    names: tuple[str, ...]
+    images: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of every image."""
+        _, height, width, channels = self.images[0].shape
+        return height, width, channels
+
+    def rotated(self) -> Characters:
+        """Each class four times: as it is, and turned by 90, 180 and 270 degrees."""
+        turns = range(4)
+        return Characters(
+            tuple(f"{name}, turned by {90 * k}" for name in self.names for k in turns),
+            tuple(np.rot90(images, k, (1, 2)) for images in self.images for k in turns),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TaskSampler:
+    """Draws N-way K-shot tasks; task number i of a seed is always the same.
+
+    Attributes:
+        characters: The classes.
+        ways: N, classes a task.
+        shots: K, support images a class.
+        queries: Query images a class.
+        seed: At least 0 and below 2**32.
+
+    Raises:
+        UserError: There are fewer classes than N, or a class has fewer images than a task needs.
+    """
+
+    characters: Characters
+    ways: int
+    shots: int
+    queries: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.ways, self.shots, self.queries) < 1:
+            raise UserError(
+                f"tasks of {self.ways} ways, {self.shots} shots and {self.queries} queries cannot "
+                "be drawn; give at least 1 of each."
+            )
+        if self.ways > len(self.characters):
+            raise UserError(
+                f"{self.ways}-way tasks need {self.ways} characters and there are "
+                f"{len(self.characters)}; lower N or give more characters."
+            )
+        for name, images in zip(self.characters.names, self.characters.images, strict=True):
+            if len(images) < self.shots + self.queries:
+                raise UserError(
+                    f"character {name} has {len(images)} images, and tasks of {self.shots} shots "
+                    f"and {self.queries} queries need {self.shots + self.queries} of each; ask for "
+                    "fewer, or remove the character."
+                )
+
+    def draw(self, number: int) -> Tasks:
+        """Task `number`, without the batch axis; images are in the order of their labels."""
+        random = np.random.default_rng((self.seed, number))
+        classes = random.choice(len(self.characters), self.ways, replace=False)
+        support, query = [], []
+        for index in classes:
+            images = self.characters.images[index]
+            drawn = images[random.permutation(len(images))[: self.shots + self.queries]]
+            support.append(drawn[: self.shots])
+            query.append(drawn[self.shots :])
+        labels = np.arange(self.ways, dtype=np.int32)
+        return Tasks(
+            np.concatenate(support).astype(np.float32),
+            np.repeat(labels, self.shots),
+            np.concatenate(query).astype(np.float32),
+            np.repeat(labels, self.queries),
+        )
+
+    def batches(self, size: int) -> grain.DatasetIterator:
+        """Endless batches of `Tasks`, in order, with `get_state` and `set_state`."""
+        tasks = grain.MapDataset.range(_ENDLESS).map(self.draw).batch(size)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(tasks.to_iter_dataset(options))
+
+    def first(self, count: int, start: int = 0) -> Tasks:
+        """Tasks `start` to `start + count`, as one batch."""
+        drawn = [self.draw(start + number) for number in range(count)]
+        return Tasks(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
