@@ -146,11 +146,10 @@ def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
     if arguments.from_run is not None and task.adopt is None:
         raise UserError(f"{task.name} builds on no other run; leave --from-run away.")
     if arguments.command in _OF_TRAINED:
-        for option, given in (("--resume", arguments.resume), ("--from-run", arguments.from_run)):
-            if given:
-                raise UserError(
-                    f"{arguments.command} works on a run as it is; leave {option} away."
-                )
+        if arguments.resume:
+            raise UserError(f"{arguments.command} has nothing to resume; leave --resume away.")
+        if arguments.from_run is not None:
+            raise UserError(f"{arguments.command} takes a run as it is; leave --from-run away.")
         return open_run(
             _existing(task, arguments), task.name, preset=arguments.preset, seed=arguments.seed
         )

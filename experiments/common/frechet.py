@@ -36,7 +36,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     shift = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     first, second = np.atleast_2d(first), np.atleast_2d(second)
-    # The product of two covariances is not symmetric, but has the eigenvalues of this one, which is.
+    # The product of two covariances is not symmetric; this has its eigenvalues and is.
     root = _square_root(first)
     eigenvalues = np.linalg.eigvalsh(root @ second @ root)
     cross = np.sum(np.sqrt(np.maximum(eigenvalues, 0)))

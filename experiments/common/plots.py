@@ -109,8 +109,10 @@ def curves(
     xlabels: Sequence[str],
     ylabels: Sequence[str],
     log_x: bool = False,
+    log_y: bool = True,
+    marker: str | None = None,
 ) -> None:
-    """Save panels of curves side by side, the vertical axis logarithmic.
+    """Save panels of curves side by side.
 
     Args:
         path: The png.
@@ -118,13 +120,15 @@ def curves(
         titles: One a panel.
         xlabels: One a panel.
         ylabels: One a panel.
-        log_x: Whether the horizontal axes are logarithmic, too.
+        log_x: Whether the horizontal axes are logarithmic.
+        log_y: Whether the vertical axes are logarithmic.
+        marker: Matplotlib's sign for each point, or None.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2 * len(panels), 3.5), layout="constrained")
         for number, axis in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
             for label, curve in panels[number].items():
-                (line,) = axis.plot(curve.x, curve.middle, label=label)
+                (line,) = axis.plot(curve.x, curve.middle, label=label, marker=marker, ms=4)
                 if curve.low is not None and curve.high is not None:
                     axis.fill_between(
                         curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.18, lw=0
@@ -136,7 +140,7 @@ def curves(
                 xscale="log" if log_x else "linear",
             )
             # A logarithmic axis without a positive number cannot be drawn.
-            if any(np.any(curve.middle > 0) for curve in panels[number].values()):
+            if log_y and any(np.any(curve.middle > 0) for curve in panels[number].values()):
                 axis.set_yscale("log", nonpositive="mask")
             axis.legend()
         _save(figure, path)

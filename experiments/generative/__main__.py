@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments.common.cli import Task, main
 from experiments.generative.config import PRESETS, Config
 from experiments.generative.evaluate import evaluate
+from experiments.generative.export import export
 from experiments.generative.train import train
 
 TASK: Task[Config] = Task(
@@ -14,6 +15,7 @@ TASK: Task[Config] = Task(
     default="digits",
     train=train,
     evaluate=evaluate,
+    export=export,
 )
 
 if __name__ == "__main__":

@@ -34,7 +34,17 @@ class Config:
         inner_step_size: First step of Adam on x; it falls along a cosine over the iterations.
         warm_starts: Training images, at most, whose next solve starts from their last x; 0 starts
             all from zero. It goes with fewer iterations and a smaller first step.
+        vae_steps: Training steps of the variational autoencoder, of the same batch size.
+        kl_weight: Weight of its Kullback-Leibler divergence beside the sum of squared errors of an
+            image. Twice the mean squared error of a pixel makes both the likelihood of Gaussian
+            noise as large as that error; much more switches latents off, and reconstruction
+            suffers.
+        nested_steps: Training steps of the generator that is trained by nested solves; about as
+            many as fit into the time of the joint training.
+        nested_inner_steps: Steps on x of its nested solves, which start at `inner_step_size`.
+        classifier_steps: Training steps of the classifier whose features compare distributions.
         evaluation_steps: Iterations of the joint solve on test images.
+        evaluation_nested_steps: Steps on x of the nested solve on test images.
         evaluation_batch: Images solved at once in the evaluation.
         mixture_components: Components of the Gaussian mixture on the training latents.
         mixture_images: Training images whose latents the mixture is fitted to, at most.
@@ -66,7 +76,13 @@ class Config:
     inner_steps: int = 40
     inner_step_size: float = 0.3
     warm_starts: int = 0
+    vae_steps: int = 2000
+    kl_weight: float = 0.01
+    nested_steps: int = 400
+    nested_inner_steps: int = 20
+    classifier_steps: int = 600
     evaluation_steps: int = 300
+    evaluation_nested_steps: int = 100
     evaluation_batch: int = 256
     mixture_components: int = 20
     mixture_images: int = 4096
@@ -97,7 +113,11 @@ PRESETS = {
         inner_steps=20,
         inner_step_size=0.1,
         warm_starts=1024,
+        vae_steps=60,
+        nested_steps=20,
+        classifier_steps=100,
         evaluation_steps=60,
+        evaluation_nested_steps=20,
         mixture_components=4,
         mixture_images=256,
         speed_problems=32,
@@ -191,6 +211,9 @@ PRESETS = {
         jacobian_weight=6144.0,
         jacobian_probes=2,
         latent_penalty=0.0,
+        # Published: one beside the squared error of images in [-1, 1].
+        kl_weight=0.25,
+        vae_steps=220 * 3391,
         inner_steps=100,
         inner_step_size=0.1,
         evaluation_batch=64,

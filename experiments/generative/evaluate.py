@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import plots
@@ -17,28 +16,34 @@ from experiments.common.devices import device_name
 from experiments.common.errors import UserError
 from experiments.common.metrics import psnr
 from experiments.common.runs import RunDirectory
-from experiments.common.speed import Comparison
 from experiments.common.terminal import say
+from experiments.generative import figures
+from experiments.generative.classifier import load_classifier
 from experiments.generative.config import Config
-from experiments.generative.inference import infer, solve
+from experiments.generative.distributions import (
+    MOST,
+    Samples,
+    compare_distributions,
+    sample_joint,
+    sample_vae,
+)
+from experiments.generative.inference import infer
+from experiments.generative.nested_training import load_nested, nested_error
 from experiments.generative.pca import pca_error
 from experiments.generative.problem import Generator, build_generator
-from experiments.generative.sampling import sample_latents
 from experiments.generative.speed import measure_speed
 from experiments.generative.train import initial_state
+from experiments.generative.vae import load_vae
 
 PyTree = Any
 
-_SHOWN = 12  # images a row
-_SAMPLES = 60
-_SMALLEST_GAP = 1e-5  # the noise of float32 in the objective
-
 
 def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summary:
-    """Reconstruct the test images, sample, and measure speed.
+    """Reconstruct the test images by every model, sample, and measure speed.
 
     Returns:
-        The results; figures are written to the run directory.
+        The results; figures are written to the run directory. Without labels there is no
+        classifier, and none of the keys that need its features.
 
     Raises:
         UserError: There is no checkpoint yet, or the images are not of the size trained on.
@@ -48,39 +53,24 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     params, step = restored.state.params, restored.step
     if step < config.steps:
         say(f"the run is unfinished: evaluating step {step} of {config.steps}.")
-
-    size = config.evaluation_batch
-    say(f"reconstructing {len(data.test)} test images")
-    test = infer(generator, params, data.test.in_batches(min(size, len(data.test))), config)
-    pixels = int(np.prod(data.shape))
-    say("fitting principal components, sampling new images")
-    latents = _training_latents(generator, params, data, config)
-    samples = sample_latents(latents, config.mixture_components, _SAMPLES, run.record.seed)
+    reconstruction = _reconstruct(config, run, data, generator, params)
+    say("sampling new images")
+    joint, vae = draw_samples(config, run, data, generator, params)
+    distributions, chosen = _distributions(config, run, data, joint, vae)
+    figures.samples(run.figures / "samples.png", joint[chosen], f"{data.name}: samples")
+    figures.samples(
+        run.figures / "samples_vae.png", vae["prior"], f"{data.name}: samples of the autoencoder"
+    )
+    figures.nearest(run.figures / "nearest.png", joint[chosen], data)
     say("measuring speed")
     speed = measure_speed(generator, params, data, config)
-
-    plots.image_rows(
-        run.figures / "reconstructions.png",
-        {"test image": data.test.first(_SHOWN), "reconstruction": test.images[:_SHOWN]},
-        f"{data.name}: latents of {config.latent_dim} numbers, found by the joint solve",
-    )
-    plots.image_grid(
-        run.figures / "samples.png",
-        np.asarray(generator.images(params, jnp.asarray(samples))),
-        _SHOWN,
-        f"{data.name}: samples",
-    )
-    _plot_objectives(run.figures / "objective.png", speed)
-    _plot_residuals(run.figures / "residuals.png", generator, params, data, config)
-    residual = {name: float(np.median(r)) for name, r in test.residual._asdict().items()}
+    figures.objectives(run.figures / "objective.png", speed)
+    figures.residuals(run.figures / "residuals.png", generator, params, data, config)
     return {
-        "psnr_test": psnr(float(test.squared_error.mean()) / pixels),
-        "psnr_pca": psnr(pca_error(data.train, data.test, config.latent_dim)),
-        "latent_dim": config.latent_dim,
-        "kkt_state": residual["state"],
-        "kkt_adjoint": residual["adjoint"],
-        "kkt_stationarity": residual["stationarity"],
+        **reconstruction,
+        **distributions,
         **speed.summary(),
+        "latent_dim": config.latent_dim,
         "seconds_train": restored.notes["seconds"],
         "step": step,
         "train_images": len(data.train),
@@ -108,47 +98,81 @@ def load_generator(
     return generator, restored
 
 
-def _training_latents(
-    generator: Generator, params: PyTree, data: ImageData, config: Config
+def draw_samples(
+    config: Config, run: RunDirectory, data: ImageData, generator: Generator, params: PyTree
+) -> tuple[dict[str, Samples], dict[str, Samples]]:
+    """Samples (of the joint generator, of the autoencoder) by the name of their distribution.
+
+    As many of each as there are test images, at most 10,000, but enough for the figures.
+    """
+    count = max(min(len(data.test), MOST), figures.NEEDED)
+    seed = run.record.seed
+    vae, vae_params, _ = load_vae(config, run, data.shape)
+    latents = training_latents(generator, params, data, config, config.mixture_images)
+    joint = sample_joint(generator, params, latents, config, count, seed)
+    return joint, sample_vae(vae, vae_params, data, config, count, seed)
+
+
+def training_latents(
+    generator: Generator, params: PyTree, data: ImageData, config: Config, count: int
 ) -> np.ndarray:
-    """The latents of the first training images."""
-    images = data.train.first(config.mixture_images)
+    """The latents of the first `count` training images, by the joint solve: [N, latent_dim]."""
+    images = data.train.first(count)
     size = min(config.evaluation_batch, len(data.test))
     chunks = (images[start : start + size] for start in range(0, len(images), size))
     return infer(generator, params, chunks, config).latents
 
 
-def _plot_objectives(path: Path, speed: Comparison) -> None:
-    labels = {"joint": "joint", "nested": "nested, tuned", "published": "nested, published"}
-    curves = {
-        labels[kind]: plots.Curve.quartiles(1e3 * seconds, np.maximum(gap, _SMALLEST_GAP))
-        for kind, (seconds, gap) in speed.gaps().items()
-    }
-    plots.curves(
-        path,
-        [curves],
-        titles=["Inner objective (median and quartiles over test images)"],
-        xlabels=[f"time of {len(speed.joint.reached)} problems together [ms]"],
-        ylabels=["(objective - best) / (first - best)"],
-        log_x=True,
+def _reconstruct(
+    config: Config, run: RunDirectory, data: ImageData, generator: Generator, params: PyTree
+) -> Summary:
+    """Reconstruction of the test images by every model, with two figures."""
+    size = min(config.evaluation_batch, len(data.test))
+    pixels = int(np.prod(data.shape))
+    say(f"reconstructing {len(data.test)} test images")
+    test = infer(generator, params, data.test.in_batches(size), config)
+    vae, vae_params, vae_seconds = load_vae(config, run, data.shape)
+    encoded = vae.reconstruct(vae_params, data.test.in_batches(size))
+    images = data.test.first(len(encoded))
+    # The same decoder, its latents found by the joint solve: what the encoder's latents cost.
+    searched = infer(generator, vae_params.generator, data.test.in_batches(size), config)
+    nested, nested_params, nested_seconds = load_nested(config, run, data.shape)
+    by_nested = nested_error(nested, nested_params, data.test, config)
+    plots.image_rows(
+        run.figures / "reconstructions.png",
+        {
+            "test image": images[: figures.SHOWN],
+            "joint": test.images[: figures.SHOWN],
+            "autoencoder": encoded[: figures.SHOWN],
+        },
+        f"{data.name}: reconstructions from {config.latent_dim} numbers",
     )
+    figures.interpolation(run.figures / "interpolation.png", generator, params, test.latents, data)
+    residual = {name: float(np.median(r)) for name, r in test.residual._asdict().items()}
+    return {
+        "psnr_test": psnr(float(test.squared_error.mean()) / pixels),
+        "psnr_vae": psnr(float(np.mean((encoded - images) ** 2, dtype=np.float64))),
+        "psnr_vae_searched": psnr(float(searched.squared_error.mean()) / pixels),
+        "psnr_nested": psnr(float(by_nested.mean()) / pixels),
+        "psnr_pca": psnr(pca_error(data.train, data.test, config.latent_dim)),
+        "seconds_train_vae": vae_seconds,
+        "seconds_train_nested": nested_seconds,
+        "kkt_state": residual["state"],
+        "kkt_adjoint": residual["adjoint"],
+        "kkt_stationarity": residual["stationarity"],
+    }
 
 
-def _plot_residuals(
-    path: Path, generator: Generator, params: PyTree, data: ImageData, config: Config
-) -> None:
-    # The size of the reconstruction's batches, for which the solve is compiled already.
-    targets = jnp.asarray(data.test.first(config.evaluation_batch))
-    history = solve(generator, params, targets, config).history
-    steps = np.arange(1, config.evaluation_steps + 1)
-    curves = {
-        name: plots.Curve.quartiles(steps, np.asarray(values))
-        for name, values in history.residual._asdict().items()
-    }
-    plots.curves(
-        path,
-        [curves],
-        titles=["KKT residuals of the joint solve (median and quartiles)"],
-        xlabels=["iteration"],
-        ylabels=["residual"],
-    )
+def _distributions(
+    config: Config,
+    run: RunDirectory,
+    data: ImageData,
+    joint: dict[str, Samples],
+    vae: dict[str, Samples],
+) -> tuple[Summary, str]:
+    """Distances between distributions, and the sampler to show."""
+    if data.train.labels is None:
+        say(f"{data.name} has no labels: no classifier, no distances between distributions.")
+        return {}, "mixture"
+    extractor = load_classifier(config, run, data)
+    return compare_distributions(extractor, data, joint, vae)

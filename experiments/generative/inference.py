@@ -49,7 +49,7 @@ def infer(
     size = None
     for images in batches:
         size = len(images) if size is None else size
-        targets = jnp.asarray(_filled(images, size))
+        targets = jnp.asarray(filled(images, size))
         solution = solve(generator, params, targets, config)
         # The image of the latent is that of its equilibrium, which the solve's z only approaches.
         made = generator.images(params, solution.value.x)
@@ -77,7 +77,7 @@ def _first(tree: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], tree)
 
 
-def _filled(images: np.ndarray, size: int) -> np.ndarray:
+def filled(images: np.ndarray, size: int) -> np.ndarray:
     """The last batch, filled up by repeating its last image, so that nothing compiles anew."""
     missing = size - len(images)
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images

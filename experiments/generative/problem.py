@@ -8,16 +8,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
 import jdeq
+from experiments.common.checkpoints import Restored, restore_newest
+from experiments.common.data import ImageData
+from experiments.common.errors import UserError
+from experiments.common.runs import RunDirectory
 from experiments.generative.config import Config
 from experiments.generative.model import DenseGenerator, MultiscaleGenerator
 
 PyTree = Any
 
 _EQUILIBRIUM_RTOL = 1e-6
+_MEAN_IMAGES = 1000  # whose mean a generator starts from
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +110,35 @@ def squared_error(images: Array, targets: Array) -> Array:
 def training_method(config: Config) -> jdeq.joint.Descent:
     """Adam on x inside the augmented map, its step decayed by a cosine."""
     return jdeq.joint.Descent(step_size=config.inner_step_size)
+
+
+def outer_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipped gradients, its rate falling to zero along a cosine over `steps`."""
+    rate = optax.cosine_decay_schedule(config.learning_rate, steps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.adamw(rate, weight_decay=config.weight_decay),
+    )
+
+
+def mean_image(data: ImageData) -> Array:
+    """The mean of the first training images, which a generator starts from: [H, W, C]."""
+    return jnp.mean(data.train.first(_MEAN_IMAGES), axis=0)
+
+
+def restore_part(run: RunDirectory, part: str, template: PyTree) -> Restored:
+    """The newest undamaged checkpoint of a further model of a run.
+
+    Raises:
+        UserError: There is none yet, or the images are not of the size trained on.
+    """
+    restored = restore_newest(run.path / part / "checkpoints", template, discard=False)
+    if restored is None:
+        raise UserError(
+            f"{run.path / part} has no checkpoint yet; train first with `python -m "
+            f"experiments.{run.record.task} train --run-dir {run.path} --resume`."
+        )
+    return restored
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,21 +11,25 @@ import optax
 from jax import Array
 
 import jdeq
-from experiments.common.data import batches, load_images
+from experiments.common.data import ImageData, batches, load_images
 from experiments.common.runs import RunDirectory
+from experiments.common.terminal import say
 from experiments.common.training import Metrics, Schedule, fit
+from experiments.generative.classifier import train_classifier
 from experiments.generative.config import Config
+from experiments.generative.nested_training import train_nested
 from experiments.generative.problem import (
     Generator,
     build_generator,
+    mean_image,
+    outer_optimizer,
     squared_error,
     training_method,
 )
+from experiments.generative.vae import train_vae
 from jdeq.joint import StartStore, starts
 
 PyTree = Any
-
-_MEAN_IMAGES = 1000  # whose mean a generator starts from
 
 
 class TrainState(NamedTuple):
@@ -45,12 +49,27 @@ class TrainState(NamedTuple):
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
-    """Train to the last step, from the newest checkpoint if there is one."""
+    """Train every model of the study to its last step, each from its newest checkpoint.
+
+    The joint training comes last: a run is trained once it has ended.
+    """
     data = load_images(config.dataset, data_root, config.image_size)
+    if data.train.labels is not None:
+        say("training the classifier whose features compare distributions")
+        train_classifier(config, run, data)
+    say("training the variational autoencoder")
+    train_vae(config, run, data)
+    say("training the same generator by nested solves")
+    train_nested(config, run, data)
+    say("training the generator by joint solves")
+    train_joint(config, run, data)
+
+
+def train_joint(config: Config, run: RunDirectory, data: ImageData) -> None:
+    """Train the generator to the last step, from the newest checkpoint if there is one."""
     seed = run.record.seed
-    sample = data.train.first(_MEAN_IMAGES)
-    generator, params = build_generator(config, data.shape, seed, jnp.mean(sample, axis=0))
-    optimizer = outer_optimizer(config)
+    generator, params = build_generator(config, data.shape, seed, mean_image(data))
+    optimizer = outer_optimizer(config, config.steps)
 
     def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key, probes = jax.random.split(state.key)
@@ -75,22 +94,13 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     )
 
 
-def outer_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW on the parameters with clipped gradients, its rate falling to zero along a cosine."""
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip),
-        optax.adamw(rate, weight_decay=config.weight_decay),
-    )
-
-
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
     """What training starts from, given the initial parameters."""
     latents = None
     if config.warm_starts:
         like = jdeq.AugmentedState(None, jnp.zeros((1, config.latent_dim)), None)
         latents = starts.init(like, config.warm_starts, keep=("x",))
-    memory = outer_optimizer(config).init(params)
+    memory = outer_optimizer(config, config.steps).init(params)
     return TrainState(params, memory, jax.random.key(seed), latents)
 
 

@@ -25,7 +25,14 @@ from tests.experiments.common.data import writers
 ROOT = Path(__file__).parents[3]
 NUMBERS = (
     "psnr_test",
+    "psnr_vae",
+    "psnr_nested",
     "psnr_pca",
+    "frechet_joint",
+    "frechet_vae",
+    "frechet_train",
+    "precision_joint",
+    "recall_joint",
     "latent_dim",
     "kkt_state",
     "kkt_adjoint",
@@ -68,11 +75,23 @@ def test_the_smoke_preset_leaves_a_complete_run(smoke):
     assert isinstance(summary["device"], str)
     assert all(isinstance(value, int | float | str) for value in summary.values())
     figures = {path.name for path in (smoke / "figures").iterdir()}
-    assert figures == {"reconstructions.png", "samples.png", "objective.png", "residuals.png"}
+    assert figures == {
+        "interpolation.png", "nearest.png", "objective.png", "reconstructions.png",
+        "residuals.png", "samples.png", "samples_vae.png",
+    }  # fmt: skip
+    # Training images are nearer to test images than a smoke run's samples are.
+    assert summary["frechet_train"] < summary["frechet_joint"]
     rows = read_metrics(smoke)
     assert [row["step"] for row in rows] == list(range(10, 61, 10))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert not list(smoke.rglob("*.tmp"))
+
+
+def test_export_writes_samples_and_real_images(smoke):
+    run("export", "--run-dir", smoke)
+    folders = {path.name: len(list(path.iterdir())) for path in (smoke / "export").iterdir()}
+    kinds = ("joint_normal", "joint_mixture", "joint_auxiliary", "vae_prior", "vae_mixture")
+    assert folders == dict.fromkeys((*kinds, "test", "train"), 360)
 
 
 def test_mistakes_are_one_sentence(smoke, tmp_path, capsys):
@@ -125,6 +144,7 @@ def test_an_interrupted_run_is_evaluated_on_data_of_another_folder(tmp_path, mon
     config = TASK.presets["smoke"].__class__(
         dataset="mnist", image_size=None, generator="dense", latent_dim=8, steps=30, hidden=32,
         batch_size=16, inner_steps=10, evaluation_steps=20, mixture_components=2,
+        vae_steps=10, nested_steps=5, classifier_steps=10, evaluation_nested_steps=5,
         speed_problems=16, speed_joint_steps=(20,), speed_joint_rates=(0.3,),
         speed_nested_steps=(10,), speed_nested_rates=(0.3,), log_every=5, checkpoint_every=10,
     )  # fmt: skip

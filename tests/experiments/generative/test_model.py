@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,11 @@ import pytest
 from flax import nnx
 
 import jdeq
+from experiments.generative.config import PRESETS
 from experiments.generative.model import MultiscaleGenerator
+from experiments.generative.problem import build_generator
+
+ROOT = Path(__file__).parents[3]
 
 
 def count(module):
@@ -25,6 +33,54 @@ def test_published_size():
     assert count(model) == 40_799_552
     assert count(model.multiscale) == 8_716_192
     assert sum(z.size for z in nnx.eval_shape(lambda: model.initial_state(1))) == 245_760
+
+
+def test_the_published_preset_has_the_published_size():
+    config = PRESETS["celeba-published"]
+    params = jax.eval_shape(lambda: build_generator(config, (64, 64, 3), seed=0)[1])
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 40_799_552
+    start = jax.eval_shape(lambda: build_generator(config, (64, 64, 3), 0)[0].start(params, 1))
+    x0, z0 = start
+    assert x0.shape == (1, 128)
+    shapes = [(1, 64, 64, 32), (1, 32, 32, 64), (1, 16, 16, 128), (1, 8, 8, 256)]
+    assert [z.shape for z in z0] == shapes
+    assert (config.batch_size, config.inner_steps, config.jacobian_probes) == (48, 100, 2)
+
+
+@pytest.mark.slow
+def test_a_training_step_of_the_published_size():
+    """All 100 iterations at batch 4, in a process of its own whose memory is measured."""
+    code = """
+import dataclasses, resource
+import jax, jax.numpy as jnp, optax
+from experiments.generative.config import PRESETS
+from experiments.generative.problem import build_generator, outer_optimizer
+from experiments.generative.train import training_loss
+
+config = dataclasses.replace(PRESETS["celeba-published"], batch_size=4)
+generator, params = build_generator(config, (64, 64, 3), seed=0)
+images = jax.random.uniform(jax.random.key(0), (4, 64, 64, 3))
+optimizer = outer_optimizer(config, config.steps)
+x0, _ = generator.start(params, 4)
+
+@jax.jit
+def step(params, memory):
+    gradient, (metrics, _) = jax.grad(training_loss, has_aux=True)(
+        params, generator, config, images, jax.random.key(1), x0
+    )
+    updates, memory = optimizer.update(gradient, memory, params)
+    return optax.apply_updates(params, updates), memory, metrics
+
+params, memory, metrics = step(params, optimizer.init(params))
+assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+assert all(bool(jnp.isfinite(value)) for value in metrics.values()), metrics
+gibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+assert gibibytes < 24, gibibytes
+print("peak GiB", gibibytes, {name: float(value) for name, value in metrics.items()})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
 
 
 def multiscale(image_shape, channels):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.generative.sampling import sample_latents
+from experiments.generative.sampling import sample_auxiliary, sample_latents, sample_normal
 
 
 def clusters(count=200):
@@ -32,3 +32,19 @@ def test_samples_are_not_sorted_by_component_and_depend_on_the_seed_alone():
 
 def test_fewer_latents_than_components_are_no_error():
     assert sample_latents(clusters(2), components=20, count=5, seed=0).shape == (5, 3)
+
+
+def test_normal_draws_have_the_mean_and_spread_of_each_entry():
+    latents = np.random.default_rng(0).normal([1.0, -5.0], [0.1, 3.0], (500, 2))
+    drawn = sample_normal(latents.astype(np.float32), count=2000, seed=0)
+    assert drawn.dtype == np.float32
+    np.testing.assert_allclose(drawn.mean(axis=0), [1, -5], atol=0.25)
+    np.testing.assert_allclose(drawn.std(axis=0), latents.std(axis=0), rtol=0.05)
+
+
+def test_the_auxiliary_autoencoder_keeps_clusters_apart():
+    drawn = sample_auxiliary(clusters(), components=2, count=100, seed=0)
+    assert drawn.shape == (100, 3)
+    near = [np.linalg.norm(drawn - centre, axis=1) < 3 for centre in ([10, -2, 0], [-10, 2, 0])]
+    assert np.mean(near[0] | near[1]) > 0.95
+    assert 20 < near[0].sum() < 80

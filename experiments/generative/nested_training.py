@@ -1,0 +1,156 @@
+"""The same auto-decoder trained by nested solves: what the joint solve replaces.
+
+Every training step finds its images' latents by gradient descent through the network, a full
+forward and a full adjoint solve for each step on x, and follows the envelope gradient there, as
+the joint training does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import jdeq
+from experiments.common.data import ImageData, Split, batches
+from experiments.common.runs import RunDirectory
+from experiments.common.training import Metrics, Schedule, fit
+from experiments.generative.config import Config
+from experiments.generative.inference import filled
+from experiments.generative.problem import (
+    Generator,
+    build_generator,
+    mean_image,
+    outer_optimizer,
+    restore_part,
+    squared_error,
+)
+
+PyTree = Any
+
+PART = "nested"
+_LAST_STEP = 0.02  # share of the first step on x that is left at the end
+
+
+class NestedState(NamedTuple):
+    """What a training step changes."""
+
+    params: PyTree
+    optimizer: optax.OptState
+    key: Array
+
+
+def initial_state(config: Config, params: PyTree, seed: int) -> NestedState:
+    """What training starts from, given the initial parameters."""
+    memory = outer_optimizer(config, config.nested_steps).init(params)
+    return NestedState(params, memory, jax.random.key(seed))
+
+
+def train_nested(config: Config, run: RunDirectory, data: ImageData) -> None:
+    """Train to the last step, from the newest checkpoint if there is one."""
+    seed = run.record.seed
+    generator, params = build_generator(config, data.shape, seed, mean_image(data))
+    optimizer = outer_optimizer(config, config.nested_steps)
+
+    def update(state: NestedState, batch: dict[str, Array]) -> tuple[NestedState, Metrics]:
+        key, probes = jax.random.split(state.key)
+        gradient, metrics = jax.grad(nested_loss, has_aux=True)(
+            state.params, generator, config, batch["image"], probes
+        )
+        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
+        params = generator.contract(optax.apply_updates(state.params, updates))
+        return NestedState(params, memory, key), metrics
+
+    fit(
+        update,
+        initial_state(config, params, seed),
+        batches(data.train, config.batch_size, seed),
+        run.part(PART),
+        Schedule(config.nested_steps, config.log_every, config.checkpoint_every),
+    )
+
+
+def nested_loss(
+    params: PyTree, generator: Generator, config: Config, images: Array, key: Array
+) -> tuple[Array, Metrics]:
+    """Mean optimal objective plus the Jacobian penalty, as `training_loss` of the joint training.
+
+    The gradient is that of the Lagrangian `l + mu . f` at the solution of the nested solve.
+    """
+    solution = solve_nested(
+        generator, params, images, config.nested_inner_steps, config.inner_step_size
+    )
+    z, x, mu = jax.lax.stop_gradient(solution.value)
+    objective = generator.problem.objective(params, z, x, images)
+    moved = generator.problem.cell(params, z, x)
+    coupling = sum(
+        jnp.vdot(m, f) for m, f in zip(jax.tree.leaves(mu), jax.tree.leaves(moved), strict=True)
+    )
+    lagrangian = jnp.mean(objective) + coupling / len(images)
+    if config.jacobian_weight:
+        penalty = jdeq.regularization.jacobian_frobenius(
+            generator.problem.cell, params, z, x, key, probes=config.jacobian_probes
+        )
+        lagrangian += config.jacobian_weight * jnp.mean(penalty)
+    error = jnp.mean(squared_error(generator.decode(params, z), images))
+    return lagrangian, {
+        "loss": jnp.mean(objective),
+        "mean_squared_error": error / images[0].size,
+        "kkt_stationarity": jnp.median(solution.residual.stationarity),
+    }
+
+
+def solve_nested(
+    generator: Generator, params: PyTree, images: Array, steps: int, rate: float
+) -> jdeq.Solution:
+    """The nested solve of a batch: cosine-decayed Adam on x, each inner solve from the last."""
+    x0, z0 = generator.start(params, len(images))
+    return jdeq.nested_solve(
+        generator.problem,
+        params,
+        images,
+        x0,
+        z0,
+        optimizer=cosine_adam(rate, steps),
+        max_steps=steps,
+    )
+
+
+@cache
+def cosine_adam(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam with the short memory that suits tens of steps; cached: optax compares by identity."""
+    schedule = optax.cosine_decay_schedule(rate, steps, _LAST_STEP)
+    return optax.adam(schedule, b1=0.5, b2=0.9, eps=1e-20)
+
+
+def nested_error(generator: Generator, params: PyTree, split: Split, config: Config) -> np.ndarray:
+    """Sum of squared errors, [N], of images whose latents the nested solve finds."""
+    size = min(config.evaluation_batch, len(split))
+    errors = []
+    for images in split.in_batches(size):
+        targets = jnp.asarray(filled(images, size))
+        x = solve_nested(
+            generator, params, targets, config.evaluation_nested_steps, config.inner_step_size
+        ).value.x
+        found = squared_error(generator.images(params, x), targets)
+        errors.append(np.asarray(found)[: len(images)])
+    return np.concatenate(errors)
+
+
+def load_nested(
+    config: Config, run: RunDirectory, shape: tuple[int, int, int]
+) -> tuple[Generator, PyTree, float]:
+    """The generator that nested solves trained, its parameters, and the seconds that it took.
+
+    Raises:
+        UserError: It has no checkpoint yet, or the images are not of the size trained on.
+    """
+    generator, params = build_generator(config, shape, run.record.seed)
+    template = jax.eval_shape(lambda: initial_state(config, params, run.record.seed))
+    restored = restore_part(run, PART, template)
+    return generator, restored.state.params, restored.notes["seconds"]
