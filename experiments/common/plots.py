@@ -146,6 +146,33 @@ def curves(
         _save(figure, path)
 
 
+def fits(
+    path: Path,
+    x: np.ndarray,
+    lines: Mapping[str, np.ndarray],
+    points: tuple[np.ndarray, np.ndarray],
+    title: str,
+) -> None:
+    """Save one panel a task: lines and the points that were fitted.
+
+    Args:
+        path: The png.
+        x: Where the lines are known, [tasks, K], increasing.
+        lines: Label to values, [tasks, K].
+        points: (x, y) of the points, [tasks, n] each.
+        title: Heading of the figure.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.4 * len(x), 3.0), layout="constrained")
+        for number, axis in enumerate(figure.subplots(1, len(x), squeeze=False)[0]):
+            for label, values in lines.items():
+                axis.plot(x[number], values[number], label=label)
+            axis.plot(points[0][number], points[1][number], "o", color="0.2", label="support")
+        axis.legend()
+        figure.suptitle(title)
+        _save(figure, path)
+
+
 def diagnosis(path: Path, found: Diagnosis, title: str) -> None:
     """Save the picture of a diagnosis: of each number, how it is distributed over the problems.
 
