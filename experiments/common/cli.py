@@ -16,6 +16,7 @@ from experiments.common.errors import UserError
 from experiments.common.runs import (
     RunDirectory,
     RunRecord,
+    abandon_run,
     continue_run,
     holds_run,
     is_trained,
@@ -172,7 +173,11 @@ def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
     settings = task.presets[preset]
     run = start_run(path, RunRecord.new(task.name, preset, arguments.seed or 0, settings))
     if arguments.from_run is not None and task.adopt is not None:
-        task.adopt(settings, run, arguments.from_run)
+        try:
+            task.adopt(settings, run, arguments.from_run)
+        except UserError:
+            abandon_run(run)
+            raise
     return run
 
 

@@ -134,6 +134,11 @@ def start_run(path: Path, record: RunRecord) -> RunDirectory:
     return RunDirectory(path, record)
 
 
+def abandon_run(run: RunDirectory) -> None:
+    """Give up a directory that was claimed, but in which nothing was done yet."""
+    (run.path / _CONFIG).unlink()
+
+
 def continue_run(
     path: Path, task: str, *, preset: str | None, seed: int | None, resume: bool
 ) -> RunDirectory:

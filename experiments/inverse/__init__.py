@@ -1,0 +1,1 @@
+"""Inverse problems: images restored by searching the latents of a generator."""

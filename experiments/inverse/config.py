@@ -1,0 +1,96 @@
+"""Settings of the inverse problems, and their presets.
+
+Each preset says which command runs it, how long it takes and what to expect of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Attributes:
+        generator: Preset of `experiments.generative` whose generator and autoencoder are trained
+            first, unless those of a trained run are taken; it names the data set, too.
+        steps: Training steps through the joint solve, of every problem's own copy of the generator.
+        batch_size: Images a step, for each problem.
+        learning_rate: First rate of AdamW on the parameters; it falls to zero along a cosine.
+        weight_decay: Of AdamW.
+        gradient_clip: Largest norm of the gradient; longer ones are scaled down.
+        inner_steps: Iterations of the joint solve in training.
+        inner_step_size: First step of Adam on the standardised latent in training.
+        prior_images: Training images whose latents the prior is fitted to, at most.
+        test_images: Test images restored, at most; three quarters of them if there are fewer.
+        validation_images: Further test images that penalties, rates and weights are chosen on.
+        penalties: Penalties to choose from, in units of the variance of noise and model error.
+        joint_steps: Lengths of the joint solve that are compared.
+        nested_steps: Lengths of the nested solve that are compared.
+        rates: First steps on the standardised latent to choose from, for either.
+        tv_weights: Weights of total variation to choose from.
+        log_every: Training steps between rows of metrics.
+        checkpoint_every: Training steps between checkpoints.
+    """
+
+    generator: str
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.1
+    gradient_clip: float = 10.0
+    inner_steps: int = 40
+    inner_step_size: float = 0.3
+    prior_images: int = 2048
+    test_images: int = 1024
+    validation_images: int = 128
+    penalties: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    joint_steps: tuple[int, ...] = (10, 20, 40, 80)
+    nested_steps: tuple[int, ...] = (2, 5, 10, 20, 50)
+    rates: tuple[float, ...] = (0.1, 0.3, 0.6)
+    tv_weights: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+    log_every: int = 20
+    checkpoint_every: int = 100
+
+
+_DIGITS = Config(generator="digits", steps=600)
+
+PRESETS = {
+    # python -m experiments.inverse --preset smoke
+    # Shows within a minute on 2 CPU cores that everything works; its numbers mean nothing.
+    "smoke": replace(
+        _DIGITS,
+        generator="smoke",
+        steps=20,
+        batch_size=16,
+        inner_steps=10,
+        prior_images=256,
+        test_images=64,
+        validation_images=32,
+        penalties=(0.3, 1.0),
+        joint_steps=(20,),
+        nested_steps=(5,),
+        rates=(0.3,),
+        log_every=10,
+        checkpoint_every=10,
+    ),
+    # python -m experiments.inverse
+    "digits": _DIGITS,
+    # python -m experiments.inverse --preset mnist
+    "mnist": replace(_DIGITS, generator="mnist", steps=1500),
+    # python -m experiments.inverse --preset faces
+    # Not measured yet.
+    "faces": replace(
+        _DIGITS,
+        generator="faces",
+        steps=200,
+        batch_size=16,
+        inner_steps=30,
+        joint_steps=(20, 80),
+        nested_steps=(2, 10, 30),
+        rates=(0.2, 0.4),
+        log_every=10,
+        checkpoint_every=20,
+    ),
+}

@@ -1,0 +1,180 @@
+"""Training for the task: the latents fit what is observed, the images are to be the clean ones.
+
+Every problem has its own copy of the generator. A step corrupts the images anew, solves for the
+latents given the corrupted ones alone, and follows the gradient of the squared error to the clean
+ones; the latents are constants to it, the equilibrium is not (as published).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import jdeq
+from experiments.common.data import batches
+from experiments.common.runs import RunDirectory, is_trained
+from experiments.common.terminal import say
+from experiments.common.training import Metrics, Schedule, fit
+from experiments.generative.problem import squared_error
+from experiments.inverse.config import Config
+from experiments.inverse.measurements import KINDS, Setting, corrupt, setting
+from experiments.inverse.problem import Parameters, Prior, inverse_problem
+from experiments.inverse.solvers import Solver
+from experiments.inverse.source import Source, load_source, train_source
+from experiments.inverse.tuning import choose_penalties
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """What a training step changes, and what it takes from before; problems along axis 0.
+
+    Attributes:
+        params: Parameters of each problem's generator.
+        optimizer: State of AdamW on them.
+        key: PRNG key of the corruptions.
+        prior: Of the latents of the generator without a task; constant.
+        penalty: Of each problem, [P]; constant.
+    """
+
+    params: PyTree
+    optimizer: optax.OptState
+    key: Array
+    prior: Prior
+    penalty: Array
+
+
+def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
+    """Train the models without a task, then those with, each from its newest checkpoint."""
+    train_source(config, run, data_root)
+    if is_trained(run):
+        return
+    source = load_source(config, run, data_root)
+    say("fitting the prior, choosing the penalties")
+    prior = source.prior(config.prior_images)
+    found = choose_penalties(
+        source, Parameters(source.joint, prior), config, Solver(source.generator)
+    )
+    penalty = jnp.asarray([found[name] for name in KINDS], jnp.float32)
+    say(f"training {len(KINDS)} generators for their tasks")
+    fit(
+        update_of(config, source),
+        initial_state(config, source.joint, prior, penalty, run.record.seed),
+        batches(source.data.train, config.batch_size, run.record.seed),
+        run,
+        Schedule(config.steps, config.log_every, config.checkpoint_every),
+    )
+
+
+def initial_state(
+    config: Config, params: PyTree, prior: Prior, penalty: Array, seed: int
+) -> TrainState:
+    """What training starts from: for every problem the generator without a task."""
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(KINDS)), params)
+    memory = jax.vmap(_optimizer(config).init)(stacked)
+    return TrainState(stacked, memory, jax.random.key(seed), prior, penalty)
+
+
+def update_of(config: Config, source: Source) -> Any:
+    """The training step, `update(state, batch) -> (state, metrics)`."""
+    optimizer = _optimizer(config)
+    problem = inverse_problem(source.generator)
+    settings = [setting(kind, source.data.shape) for kind in KINDS.values()]
+    stacked: Setting = jax.tree.map(lambda *leaves: jnp.stack(leaves), *settings)
+
+    def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        keys = jax.random.split(state.key, 1 + len(KINDS))
+
+        def one(of: tuple[PyTree, optax.OptState, Setting, Array, Array]) -> Any:
+            params, memory, at, penalty, key = of
+            gradient, metrics = jax.grad(task_loss, has_aux=True)(
+                params, problem, source, config, state.prior, at, penalty, batch["image"], key
+            )
+            updates, memory = optimizer.update(gradient, memory, params)
+            params = source.generator.contract(optax.apply_updates(params, updates))
+            return params, memory, metrics
+
+        # One after the other: the program is compiled once for all problems.
+        each = (state.params, state.optimizer, stacked, state.penalty, keys[1:])
+        params, memory, rows = jax.lax.map(one, each)
+        metrics = {
+            f"{quantity}_{name}": values[number]
+            for quantity, values in rows.items()
+            for number, name in enumerate(KINDS)
+        }
+        metrics["loss"] = jnp.mean(rows["loss"])
+        return TrainState(params, memory, keys[0], state.prior, state.penalty), metrics
+
+    return update
+
+
+def task_loss(
+    params: PyTree,
+    problem: jdeq.InputProblem,
+    source: Source,
+    config: Config,
+    prior: Prior,
+    at: Setting,
+    penalty: Array,
+    images: Array,
+    key: Array,
+) -> tuple[Array, Metrics]:
+    """Mean squared error (summed over pixels) to the clean images, plus the Jacobian penalty.
+
+    Args:
+        params: Parameters of the generator.
+        problem: The input problem, see `inverse_problem`.
+        source: Where the network and its settings come from.
+        config: Settings.
+        prior: Of the latents.
+        at: The problem.
+        penalty: Of the latents, [].
+        images: Clean images, [B, H, W, C] in [0, 1].
+        key: PRNG key of the corruption.
+
+    Returns:
+        (loss, metrics).
+    """
+    corruption, probes = jax.random.split(key)
+    observed, how = corrupt(at, images, corruption)
+    generator = source.generator
+    _, z0 = generator.start(params, len(images))
+    u0 = jnp.zeros((len(images), generator.latent_dim))
+    data = (how, jnp.broadcast_to(penalty, (len(images),)))
+    solution = jdeq.joint_solve(
+        problem,
+        Parameters(params, jax.lax.stop_gradient(prior)),
+        observed,
+        u0,
+        z0,
+        data=data,
+        method=jdeq.joint.Descent(step_size=config.inner_step_size),
+        max_steps=config.inner_steps,
+    )
+    z = solution.value.z
+    loss = jnp.mean(squared_error(generator.decode(params, z), images))
+    metrics = {
+        "loss": loss,
+        "kkt_state": jnp.median(solution.residual.state),
+        "kkt_stationarity": jnp.median(solution.residual.stationarity),
+    }
+    if source.config.jacobian_weight:
+        x = prior.latents(jax.lax.stop_gradient(solution.value.x))
+        jacobian = jdeq.regularization.jacobian_frobenius(
+            generator.problem.cell, params, z, x, probes, probes=source.config.jacobian_probes
+        )
+        loss += source.config.jacobian_weight * jnp.mean(jacobian)
+    return loss, metrics
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.adamw(rate, weight_decay=config.weight_decay),
+    )

@@ -1,0 +1,59 @@
+"""The classical baselines on images whose restoration is known."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.inverse.classical import (
+    best_weight,
+    denoise,
+    inpaint,
+    restore_classically,
+    upsample,
+)
+from experiments.inverse.measurements import KINDS
+from experiments.inverse.tuning import batch_of
+
+RAMP = np.linspace(0.2, 0.8, 12, dtype=np.float32)
+SMOOTH = np.broadcast_to(RAMP[:, None, None] * np.ones((12, 1)), (3, 12, 12, 1))
+
+
+def test_a_linear_ramp_satisfies_the_biharmonic_equation():
+    mask = np.ones((3, 12, 12, 1))
+    mask[:, 4:8, 5:9] = 0
+    np.testing.assert_allclose(inpaint(mask * SMOOTH, mask), SMOOTH, atol=1e-4)
+
+
+def test_total_variation_keeps_constants_and_removes_noise():
+    flat = np.full((2, 16, 16, 1), 0.5)
+    np.testing.assert_allclose(denoise(flat, 0.2), flat, atol=1e-6)
+    noisy = flat + 0.2 * np.random.default_rng(0).normal(size=flat.shape)
+    assert np.mean((denoise(noisy, 0.5) - flat) ** 2) < 0.1 * np.mean((noisy - flat) ** 2)
+
+
+def test_the_best_weight_grows_with_the_noise():
+    images = np.repeat(SMOOTH, 4, axis=0).astype(np.float32)
+    weights = (0.0001, 0.05, 0.1, 0.2, 0.4)
+    low, high = (
+        best_weight(batch_of(name, images), weights) for name in ("denoise02", "denoise04")
+    )
+    assert 0.0001 < low < high
+
+
+def test_upsampling_restores_a_ramp_inside():
+    means = SMOOTH.reshape(3, 6, 2, 6, 2, 1).mean(axis=(2, 4))
+    restored = upsample(means, 2)
+    assert restored.shape == SMOOTH.shape
+    np.testing.assert_allclose(restored[:, 3:-3], SMOOTH[:, 3:-3], atol=1e-3)
+
+
+def test_each_problem_has_its_method():
+    images = np.clip(SMOOTH + 0.05 * np.random.default_rng(0).normal(size=SMOOTH.shape), 0, 1)
+    for name, kind in KINDS.items():
+        batch = batch_of(name, images.astype(np.float32))
+        made = restore_classically(kind, batch, weight=0.2)
+        assert made.images.shape == images.shape
+        assert made.seconds > 0
+        seen = np.broadcast_to(np.asarray(batch.how.mask), images.shape) > 0
+        if kind.boxed:
+            np.testing.assert_allclose(made.images[seen], images[seen], atol=1e-6)

@@ -1,0 +1,105 @@
+"""The prior of the latents, the gradient of training for a task, methods and their choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.generative.config import PRESETS as GENERATIVE
+from experiments.inverse.config import PRESETS
+from experiments.inverse.evaluate import _within
+from experiments.inverse.measurements import KINDS, corrupt, setting
+from experiments.inverse.problem import Prior, inverse_problem
+from experiments.inverse.solvers import Batch, Method, Restored, Solver
+from experiments.inverse.source import Source
+from experiments.inverse.train import task_loss
+from experiments.inverse.tuning import Choice, batch_of, shortest
+from tests.experiments.inverse.linear import PRIOR, SHAPE, image_of, images, latents, linear
+
+
+def test_standardised_latents_of_the_prior_have_its_mean_and_covariance():
+    random = np.random.default_rng(0)
+    drawn = (random.normal(size=(500, 3)) @ random.normal(size=(3, 3)) + 2).astype(np.float32)
+    prior = Prior.of(drawn)
+    np.testing.assert_allclose(prior.centre, drawn.mean(axis=0), rtol=1e-5)
+    covariance = np.asarray(prior.factor) @ np.asarray(prior.factor).T
+    np.testing.assert_allclose(covariance, np.cov(drawn, rowvar=False), rtol=1e-4)
+    u = jnp.asarray(random.normal(size=(4, 3)), jnp.float32)
+    back = np.linalg.solve(np.asarray(prior.factor), (prior.latents(u) - prior.centre).T).T
+    np.testing.assert_allclose(back, u, atol=1e-4)
+
+
+def test_latents_that_do_not_vary_leave_the_prior_regular():
+    drawn = np.random.default_rng(0).normal(size=(50, 3)) * [1.0, 0.0, 1.0]
+    assert np.linalg.cond(np.asarray(Prior.of(drawn).factor)) < 1e3
+
+
+def test_the_gradient_of_the_task_is_that_at_constant_latents():
+    generator, params = linear()
+    config = replace(PRESETS["smoke"], inner_steps=120, inner_step_size=0.1)
+    source = Source(None, generator, GENERATIVE["smoke"], params.generator, None)
+    at, clean = setting(KINDS["denoise02"], SHAPE), jnp.asarray(images(6))
+    key, penalty = jax.random.key(3), 0.05
+    gradient, metrics = jax.grad(task_loss, has_aux=True)(
+        params.generator, inverse_problem(generator), source, config, PRIOR, at,
+        jnp.float32(penalty), clean, key,
+    )  # fmt: skip
+
+    observed, _ = corrupt(at, clean, jax.random.split(key)[0])
+    x = np.stack([latents(np.asarray(seen).ravel(), np.eye(12), penalty) for seen in observed])
+    difference = np.stack([image_of(one) for one in x]) - np.asarray(clean).reshape(6, 12)
+    assert metrics["loss"] == pytest.approx(np.mean(np.sum(difference**2, axis=1)), rel=1e-3)
+    expected = 2 * difference.T @ (x / 0.7) / 6
+    (found,) = jax.tree.leaves(gradient)
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_joint_and_nested_find_the_minimum_at_any_rate_and_are_timed():
+    generator, params = linear()
+    batch = batch_of("inpaint", images())
+    solver = Solver(generator)
+    for method, rate in ((Method("joint", 120), 0.1), (Method("nested", 60), 0.2)):
+        restored = solver.restore(method, rate, params, 0.01, batch, timed=True)
+        assert 0 < restored.seconds < 10
+        for one, seen, mask in zip(
+            restored.images, np.asarray(batch.observed), np.asarray(batch.how.mask), strict=True
+        ):
+            expected = image_of(latents(seen.ravel(), np.diag(mask.ravel()), 0.01))
+            np.testing.assert_allclose(one.ravel(), expected, atol=5e-3)
+
+
+def test_errors_are_of_the_hidden_pixels_where_there_are_any():
+    clean = images()
+    everywhere = Batch(clean, None, batch_of("denoise02", clean).how)
+    np.testing.assert_allclose(everywhere.squared_errors(clean + 0.1), 0.01, rtol=1e-4)
+    boxed = batch_of("inpaint", clean)
+    mask = np.asarray(boxed.how.mask)
+    np.testing.assert_allclose(boxed.squared_errors(clean + 0.1 * mask), 0, atol=1e-12)
+    np.testing.assert_allclose(boxed.squared_errors(clean + 0.2 * (1 - mask)), 0.04, rtol=1e-4)
+
+
+def test_observations_are_the_same_whenever_they_are_asked_for():
+    one, other = (batch_of("denoise04", images()) for _ in range(2))
+    np.testing.assert_array_equal(one.observed, other.observed)
+
+
+def test_the_shortest_solve_that_is_good_enough_is_chosen():
+    qualities = {10: 20.0, 20: 22.96, 40: 23.0, 80: 22.9}
+    choices = {
+        Method("joint", steps): Choice(Method("joint", steps), 0.3, psnr)
+        for steps, psnr in qualities.items()
+    }
+    assert shortest(choices).method.steps == 20
+
+
+def test_nested_gets_no_more_time_than_joint_unless_nothing_is_as_fast():
+    methods = [Method("nested", steps) for steps in (2, 5, 10)]
+    quality = dict(zip(methods, (15.0, 18.0, 21.0), strict=True))
+    choices = {m: Choice(m, 0.3, quality[m]) for m in methods}
+    timed = {m: Restored(None, seconds) for m, seconds in zip(methods, (1, 2, 4), strict=True)}
+    assert _within(choices, timed, methods, seconds=3.0).steps == 5
+    assert _within(choices, timed, methods, seconds=0.5).steps == 2
