@@ -101,6 +101,8 @@ _DIGITS = Config(
     generator="dense",
     latent_dim=16,
     steps=2000,
+    vae_steps=6000,
+    nested_steps=700,
 )
 
 PRESETS = {
@@ -141,9 +143,12 @@ PRESETS = {
         dataset="mnist",
         image_size=None,
         generator="dense",
-        latent_dim=32,
+        latent_dim=64,
         steps=6000,
         latent_penalty=1e-2,
+        vae_steps=12000,
+        nested_steps=3000,
+        evaluation_nested_steps=40,
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset faces
