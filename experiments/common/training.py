@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.common.checkpoints import CheckpointWriter, restore_newest
 from experiments.common.errors import UserError
+from experiments.common.parallel import DataParallel
 from experiments.common.progress import training_progress
 from experiments.common.runs import MetricsLog, RunDirectory
 from experiments.common.terminal import say
@@ -63,6 +64,8 @@ def fit(
 ) -> tuple[PyTree, float]:
     """Train from the newest checkpoint of the run, or from `state` if there is none, to the end.
 
+    With several devices each gets an equal part of every batch, and the state.
+
     A run that is killed at any moment and continued ends with the same bits on the same machine
     as one that was left alone: the state and the position in the data are all there is.
 
@@ -79,7 +82,8 @@ def fit(
         (the state after the last step, seconds spent in training, interrupted spells included).
 
     Raises:
-        UserError: A metric is not finite, or no checkpoint can be restored.
+        UserError: A metric is not finite, no checkpoint can be restored, or the batches do not
+            divide by the number of devices.
         TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint of the last step was saved.
     """
     step, seconds = 0, 0.0
@@ -110,12 +114,14 @@ def _loop(
     log: MetricsLog,
     schedule: Schedule,
 ) -> tuple[PyTree, float]:
-    compiled = jax.jit(update, donate_argnums=0)
+    devices = DataParallel()
+    compiled = devices.compile(update)
+    state = devices.replicate(state)
     started = time.perf_counter()
     pending: list[Metrics] = []
     with _interruption() as interrupted, training_progress(schedule.steps, step) as progress:
         while step < schedule.steps:
-            state, metrics = compiled(state, next(batches))
+            state, metrics = compiled(state, devices.spread(next(batches)))
             step += 1
             pending.append(metrics)
             # Two steps in flight keep the device busy, and memory and Ctrl-C's delay bounded.
