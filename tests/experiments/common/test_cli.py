@@ -72,6 +72,8 @@ def test_mistakes_are_one_sentence(capsys):
     assert "holds no run" in fail(capsys, "evaluate", "--run-dir", "nowhere")
     assert "there is no run in runs/toy" in fail(capsys, "evaluate")
     assert "nothing to resume" in fail(capsys, "evaluate", "--resume")
+    assert "toy has no images to export" in fail(capsys, "export")
+    assert "toy builds on no other run" in fail(capsys, "--from-run", "nowhere")
     Path("file").write_text("")
     assert "cannot be written" in fail(capsys, "--run-dir", "file/run")
     assert not Path("runs").exists()
@@ -93,6 +95,6 @@ def test_help_names_commands_options_and_presets(capsys):
         run("--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    options = ("--preset", "--run-dir", "--data-root", "--seed", "--resume")
-    for word in ("train", "evaluate", "fast, slow", *options):
+    options = ("--preset", "--run-dir", "--data-root", "--seed", "--resume", "--from-run")
+    for word in ("train", "evaluate", "export", "fast, slow", *options):
         assert word in text
