@@ -87,6 +87,7 @@ def test_the_smoke_preset_leaves_a_complete_run(smoke):
     assert not list(smoke.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_export_writes_samples_and_real_images(smoke):
     run("export", "--run-dir", smoke)
     folders = {path.name: len(list(path.iterdir())) for path in (smoke / "export").iterdir()}
