@@ -82,6 +82,8 @@ class Task(Generic[C]):
         export: `export(settings, run, data_root)` writes images, where the task makes any.
         adopt: `adopt(settings, run, source)` copies what a new run needs from the run in the
             directory `source`, where the task builds on another.
+        arguments: The command line, where the task has options of its own.
+        adjust: `adjust(settings, arguments)` is what the evaluation works with, given them.
     """
 
     name: str
@@ -92,12 +94,14 @@ class Task(Generic[C]):
     evaluate: Callable[[C, RunDirectory, Path | None], Summary]
     export: Callable[[C, RunDirectory, Path | None], None] | None = None
     adopt: Callable[[C, RunDirectory, Path], None] | None = None
+    arguments: type[Arguments] = Arguments
+    adjust: Callable[[C, Any], C] | None = None
 
 
 def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
     """Run a task's command line; mistakes of the user end with one sentence and status 1."""
     arguments = tyro.cli(
-        Arguments,
+        task.arguments,
         prog=f"python -m experiments.{task.name}",
         description=f"{task.description}\n\nPresets: {', '.join(task.presets)} "
         f"(default: {task.default}).",
@@ -198,6 +202,8 @@ def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
             run.discard_summary()
         task.train(settings, run, arguments.data_root)
     if arguments.command != "train":
+        if task.adjust is not None:
+            settings = task.adjust(settings, arguments)
         summary = task.evaluate(settings, run, arguments.data_root)
         run.write_summary(summary)
         show_summary(summary, f"{task.name}, {record.preset}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -14,7 +14,7 @@ _ENDLESS = 2**31 - 1  # tasks; no training draws as many
 
 
 class Tasks(NamedTuple):
-    """A batch of B tasks of N classes, labelled 0 to N - 1 in each.
+    """A batch of B tasks of N classes, labelled 0 to N - 1 in each; NumPy's or JAX's arrays.
 
     Attributes:
         support: What is learnt from, float32 [B, n, H, W, C] in [0, 1].
@@ -23,10 +23,10 @@ class Tasks(NamedTuple):
         query_label: int32 [B, m].
     """
 
-    support: np.ndarray
-    support_label: np.ndarray
-    query: np.ndarray
-    query_label: np.ndarray
+    support: Any
+    support_label: Any
+    query: Any
+    query_label: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class Characters:
 
     Attributes:
         names: One a class.
-        images: One array a class, [n, H, W, C]: uint8, 1 for ink and 0 for paper, or float32 in
-            [0, 1].
+        images: One array a class, [n, H, W, C], or [n, D] of flattened images: uint8, 1 for ink and
+            0 for paper, or float32 in [0, 1].
     """
 
     names: tuple[str, ...]
@@ -46,10 +46,13 @@ class Characters:
         return len(self.names)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(height, width, channels) of every image."""
-        _, height, width, channels = self.images[0].shape
-        return height, width, channels
+        return self.images[0].shape[1:]
+
+    def flattened(self) -> Characters:
+        """The same with each image as one row of numbers."""
+        return Characters(self.names, tuple(part.reshape(len(part), -1) for part in self.images))
 
     def rotated(self) -> Characters:
         """Each class four times: as it is, and turned by 90, 180 and 270 degrees."""

@@ -1,0 +1,1 @@
+"""Few-shot learning whose fast parameters are found together with the equilibrium."""

@@ -1,0 +1,172 @@
+"""Evaluation of a run, from its directory and the data alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.common.checkpoints import Restored, restore_newest
+from experiments.common.cli import Summary
+from experiments.common.data import data_root as located
+from experiments.common.data.omniglot import load_one_shot_runs
+from experiments.common.devices import device_name
+from experiments.common.errors import UserError
+from experiments.common.runs import RunDirectory
+from experiments.common.terminal import say
+from experiments.meta import figures
+from experiments.meta.accuracy import Outputs, learner_outputs, mean_and_interval, scores
+from experiments.meta.baselines import build_baseline
+from experiments.meta.baselines.prototypical import nearest_neighbour
+from experiments.meta.config import Config
+from experiments.meta.gradient_error import gradient_error
+from experiments.meta.problem import Learner, build_learner
+from experiments.meta.speed import measure_solves, seconds_of_steps, step_memory
+from experiments.meta.tasks import TaskSource, load_tasks
+from experiments.meta.train import BaselineState, initial_state, outer_optimizer
+
+PyTree = Any
+
+_GRADIENT_TASKS = 2
+_GRADIENT_QUERIES = 3
+
+
+def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summary:
+    """Test on tasks of unseen classes, check the outer gradient, and measure speed and memory.
+
+    Returns:
+        The results; figures are written to the run directory.
+
+    Raises:
+        UserError: There is no checkpoint yet, or the examples are not of the shape trained on.
+    """
+    source = load_tasks(config, data_root)
+    learner, restored = load_learner(config, run, source.shape)
+    params = restored.state.params
+    if restored.step < config.steps:
+        say(f"the run is unfinished: evaluating step {restored.step} of {config.steps}.")
+    methods: dict[str, tuple[Outputs, PyTree]] = {"": (learner_outputs(learner), params)}
+    methods |= {f"{kind}_": found for kind, found in _baselines(config, run, source.shape).items()}
+    if not learner.regression:
+        methods["pixels_"] = (lambda _, *task: nearest_neighbour(*task), None)
+
+    summary = _accuracies(config, run.record.seed, source, learner, methods)
+    if config.dataset == "omniglot":
+        summary |= _one_shot_runs(learner, params, located(data_root), source.shape)
+    ways, shots = config.settings[0]
+    seed = run.record.seed
+    say("checking the outer gradient")
+    few = source.testing(ways, shots, _GRADIENT_QUERIES, seed).first(_GRADIENT_TASKS)
+    error = gradient_error(learner, params, few, ways, seed)
+    say("measuring speed and memory")
+    sampler = source.testing(ways, shots, config.test_queries, seed)
+    speed = measure_solves(learner, params, sampler.first(config.speed_tasks), ways)
+    batch = _training_batch(config, source, seed)
+    seconds = seconds_of_steps(learner, params, batch)
+    memory = step_memory(learner, params, batch)
+    figures.draw(run, learner, params, source, speed)
+    return {
+        **summary,
+        "gradient_error_kkt": error.single,
+        "gradient_error_kkt_float64": error.double,
+        "gradient_error_state": error.state,
+        **speed.summary(),
+        "seconds_step_joint": seconds["joint"],
+        "seconds_step_nested": seconds["nested"],
+        **{
+            f"megabytes_step_{kind}_{steps}": size / 1e6
+            for kind, sizes in memory.items()
+            for steps, size in zip((10, 40), sizes, strict=True)
+        },
+        "seconds_train": restored.notes["seconds"],
+        "step": restored.step,
+        "test_tasks": config.test_tasks,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "device": device_name(),
+    }
+
+
+def load_learner(
+    config: Config, run: RunDirectory, shape: tuple[int, ...]
+) -> tuple[Learner, Restored]:
+    """The learner and the newest undamaged checkpoint of a run.
+
+    Raises:
+        UserError: There is no checkpoint, or the examples are not of the shape trained on.
+    """
+    learner, params = build_learner(config, shape, config.ways, run.record.seed)
+    template = jax.eval_shape(lambda: initial_state(config, params, run.record.seed))
+    restored = restore_newest(run.checkpoints, template, discard=False)
+    if restored is None:
+        raise UserError(
+            f"{run.path} has no checkpoint yet; train first with `python -m experiments.meta train "
+            f"--run-dir {run.path} --resume`."
+        )
+    return learner, restored
+
+
+def _baselines(
+    config: Config, run: RunDirectory, shape: tuple[int, ...]
+) -> dict[str, tuple[Outputs, PyTree]]:
+    """The baselines that have a checkpoint."""
+    found: dict[str, tuple[Outputs, PyTree]] = {}
+    for kind in config.baselines:
+        model, params = build_baseline(kind, config, shape, run.record.seed)
+        optimizer = outer_optimizer(config, config.baseline_steps)
+        template = BaselineState(params, optimizer.init(params))
+        restored = restore_newest(run.part(kind).checkpoints, template, discard=False)
+        if restored is None:
+            say(f"{kind} is not trained yet: it is left out.")
+        else:
+            found[kind] = (model.outputs, restored.state.params)
+    return found
+
+
+def _accuracies(
+    config: Config,
+    seed: int,
+    source: TaskSource,
+    learner: Learner,
+    methods: dict[str, tuple[Outputs, PyTree]],
+) -> Summary:
+    """Means and confidence intervals of all methods on the same tasks."""
+    summary: Summary = {}
+    samplers = {
+        setting: source.testing(*setting, config.test_queries, seed) for setting in config.settings
+    }
+    for (ways, shots), sampler in samplers.items():
+        name = f"squared_error_{shots}s" if learner.regression else f"accuracy_{ways}w{shots}s"
+        for prefix, (outputs, params) in methods.items():
+            values = scores(outputs, params, sampler, ways, config.test_tasks, learner.regression)
+            mean, interval = mean_and_interval(values)
+            say(f"{prefix}{name} {mean:.4f} +- {interval:.4f}")
+            summary[f"{prefix}{name}"], summary[f"{prefix}{name}_ci95"] = mean, interval
+    return summary
+
+
+def _one_shot_runs(learner: Learner, params: PyTree, root: Path, shape: tuple[int, ...]) -> Summary:
+    """Accuracy on Lake's one-shot runs, where the data holds them."""
+    runs = load_one_shot_runs(root, (shape[0], shape[1]))
+    if not runs:
+        return {}
+    outputs = jax.jit(learner_outputs(learner))
+    right = []
+    for tasks in runs:
+        ways = int(tasks.support_label.max()) + 1
+        target = learner.target(jax.numpy.asarray(tasks.support_label), ways)
+        made = np.asarray(outputs(params, tasks.support, target, tasks.query))
+        right.append(float(np.mean(made.argmax(-1) == tasks.query_label)))
+    mean, interval = mean_and_interval(np.asarray(right))
+    return {
+        "accuracy_one_shot_runs": mean,
+        "accuracy_one_shot_runs_ci95": interval,
+        "one_shot_runs": len(runs),
+    }
+
+
+def _training_batch(config: Config, source: TaskSource, seed: int) -> Any:
+    """As many tasks as a training step has, of test classes: they are always there."""
+    sampler = source.testing(config.ways, config.shots, config.queries, seed)
+    return sampler.first(config.tasks)

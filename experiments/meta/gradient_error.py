@@ -1,0 +1,102 @@
+"""The outer gradient against finite differences of the outer loss in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from experiments.common.data.tasks import Tasks
+from experiments.meta.problem import Learner
+
+PyTree = Any
+
+_DIRECTIONS = 3
+_STEP = 1e-2
+_DOUBLE_RTOL = 1e-11
+_SINGLE_RTOL = 1e-5
+
+
+class GradientError(NamedTuple):
+    """Largest relative errors of directional derivatives.
+
+    Attributes:
+        single: Of the KKT-implicit gradient in float32.
+        double: Of the KKT-implicit gradient in float64.
+        state: Of the first-order gradient, in float64.
+    """
+
+    single: float
+    double: float
+    state: float
+
+
+def gradient_error(
+    learner: Learner, params: PyTree, tasks: Tasks, ways: int, seed: int
+) -> GradientError:
+    """Derivatives of the outer loss of `tasks` along random directions and the gradient's own.
+
+    The difference quotient is central and of fourth order, of solves to a relative 1e-11.
+
+    Args:
+        learner: The learner.
+        params: Parameters to differentiate at.
+        tasks: A small batch.
+        ways: Classes a task.
+        seed: Of the directions.
+    """
+    single = jax.jit(jax.grad(_tight_loss(learner, tasks, ways, _SINGLE_RTOL)))(params)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, tasks, single))
+        params, tasks, single = jax.tree.map(jnp.asarray, wide)
+        loss = jax.jit(_tight_loss(learner, tasks, ways, _DOUBLE_RTOL))
+        double = jax.jit(jax.grad(loss))(params)
+        held = jax.jit(jax.grad(_tight_loss(learner, tasks, ways, _DOUBLE_RTOL, hold=True)))(params)
+        errors = []
+        for direction in _directions(double, seed):
+            quotient = _quotient(loss, params, direction)
+            along = [optax.tree.vdot(g, direction) for g in (single, double, held)]
+            errors.append([float(abs(slope / quotient - 1)) for slope in along])
+    return GradientError(*np.max(errors, axis=0).tolist())
+
+
+def _tight_loss(learner: Learner, tasks: Tasks, ways: int, rtol: float, hold: bool = False) -> Any:
+    """The outer loss of well-solved tasks; `hold` keeps the fast parameters constant."""
+    label, query_label = tasks.support_label, tasks.query_label
+    if not learner.regression:
+        label, query_label = (jnp.asarray(each, jnp.int32) for each in (label, query_label))
+    target, wanted = learner.target(label, ways), learner.target(query_label, ways)
+
+    def loss(params: PyTree) -> Array:
+        solution = learner.adapt_tightly(params, tasks.support, target, rtol, hold=hold)
+        outputs = learner.predict(params, solution.value, target, tasks.query, rtol)
+        return jnp.mean(learner.losses(outputs, wanted))
+
+    return loss
+
+
+def _directions(gradient: PyTree, seed: int) -> list[PyTree]:
+    """Unit vectors: the gradient's own and random ones."""
+    leaves, structure = jax.tree.flatten(gradient)
+    random = np.random.default_rng(seed)
+    drawn = [
+        jax.tree.unflatten(
+            structure, [jnp.asarray(random.standard_normal(leaf.shape)) for leaf in leaves]
+        )
+        for _ in range(_DIRECTIONS)
+    ]
+    return [optax.tree.scale(1 / optax.tree.norm(d), d) for d in (gradient, *drawn)]
+
+
+def _quotient(loss: Any, params: PyTree, direction: PyTree) -> float:
+    """The derivative along a direction, from four values of the loss."""
+
+    def at(step: float) -> float:
+        return float(loss(optax.tree.add_scale(params, step, direction)))
+
+    near, far = at(_STEP) - at(-_STEP), at(2 * _STEP) - at(-2 * _STEP)
+    return (8 * near - far) / (12 * _STEP)

@@ -1,0 +1,142 @@
+"""Time of the joint solve against the nested one, and of whole training steps with either."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jdeq
+from experiments.common.data.tasks import Tasks
+from experiments.common.speed import (
+    Candidate,
+    Comparison,
+    Problems,
+    compare,
+    joint_candidate,
+    nested_candidate,
+    published_candidate,
+)
+from experiments.meta.problem import Learner
+from experiments.meta.train import outer_loss
+
+PyTree = Any
+
+_PUBLISHED_STEPS = 20
+_PUBLISHED_RATE = 0.1
+_LAST_STEP = 0.02
+_REPEATS = 5
+
+
+def measure_solves(learner: Learner, params: PyTree, tasks: Tasks, ways: int) -> Comparison:
+    """Joint, tuned nested and published nested solves of the support problems of test tasks.
+
+    Args:
+        learner: The learner.
+        params: Its parameters.
+        tasks: The second half tunes the methods, the first is timed.
+        ways: Classes a task.
+    """
+
+    def problems(chosen: slice) -> Problems:
+        support = jnp.asarray(tasks.support[chosen])
+        target = learner.target(jnp.asarray(tasks.support_label[chosen]), ways)
+        x0, z0 = learner.start(params, support.shape[0], support.shape[1], target.shape[-1])
+        return Problems(params, target, x0, z0, learner.inject(params, support))
+
+    half = len(tasks.support) // 2
+    return compare(
+        learner.problem,
+        validation=problems(slice(half, None)),
+        test=problems(slice(half)),
+        joint=_joint_candidates(learner),
+        nested=_nested_candidates(learner),
+        published=published_candidate(optax.adam(_PUBLISHED_RATE), _PUBLISHED_STEPS),
+    )
+
+
+def _joint_candidates(learner: Learner) -> list[Candidate]:
+    config = learner.config
+    return [
+        joint_candidate(
+            f"Adam, cosine over {steps}",
+            jdeq.joint.Descent(_cosine_adam(steps)),
+            steps,
+            config.speed_rates,
+        )
+        for steps in config.speed_joint_steps
+    ]
+
+
+def _nested_candidates(learner: Learner) -> list[Candidate]:
+    config = learner.config
+    usual = nested_candidate(
+        "Adam", optax.adam(1.0), max(config.speed_nested_steps), config.speed_rates
+    )
+    decayed = [
+        nested_candidate(
+            f"Adam, cosine over {steps}", _cosine_adam(steps), steps, config.speed_rates
+        )
+        for steps in config.speed_nested_steps
+    ]
+    return [usual, *decayed]
+
+
+def _cosine_adam(steps: int) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(1.0, steps, _LAST_STEP)
+    return optax.adam(schedule, b1=0.5, b2=0.9, eps=1e-20)
+
+
+def seconds_of_steps(learner: Learner, params: PyTree, tasks: Tasks) -> dict[str, float]:
+    """Median seconds of the outer gradient of a training batch, inner solve joint and nested.
+
+    The nested solve is that of the settings. The two take turns.
+
+    Returns:
+        "joint" and "nested" to seconds.
+    """
+    compiled = {}
+    for inner in ("joint", "nested"):
+        other = dataclasses.replace(
+            learner, config=dataclasses.replace(learner.config, inner=inner)
+        )
+        compiled[inner] = _gradient(other).lower(params, tasks).compile()
+    spent: dict[str, list[float]] = {inner: [] for inner in compiled}
+    for _ in range(_REPEATS):
+        for inner, function in compiled.items():
+            started = time.perf_counter()
+            jax.block_until_ready(function(params, tasks))
+            spent[inner].append(time.perf_counter() - started)
+    return {inner: float(np.median(times)) for inner, times in spent.items()}
+
+
+def step_memory(learner: Learner, params: PyTree, tasks: Tasks) -> dict[str, list[int]]:
+    """Working memory of the outer gradient, in bytes, as XLA plans it, at 10 and 40 iterations.
+
+    Returns:
+        "kkt" and "unrolled" to [bytes at 10 iterations, bytes at 40].
+    """
+
+    def planned(gradient: Any, steps: int) -> int:
+        config = dataclasses.replace(
+            learner.config, outer_gradient=gradient, inner="joint", inner_steps=steps
+        )
+        other = dataclasses.replace(learner, config=config)
+        analysis = _gradient(other).lower(params, tasks).compile().memory_analysis()
+        return int(analysis.temp_size_in_bytes)
+
+    return {kind: [planned(kind, steps) for steps in (10, 40)] for kind in ("kkt", "unrolled")}
+
+
+def _gradient(learner: Learner) -> Any:
+    """The compiled outer gradient of (params, tasks)."""
+
+    def gradient(params: PyTree, tasks: Tasks) -> PyTree:
+        return jax.grad(outer_loss, has_aux=True)(params, learner, tasks, jax.random.key(0))[0]
+
+    return jax.jit(gradient)
