@@ -161,6 +161,9 @@ class Classifier(nnx.Module):
         """What images `[B, H, W, channels]` add to the finest branch: `[B, H, W, widths[0]]`."""
         return self.injection(x)
 
+    def contract(self) -> None:
+        """Nothing: the Jacobian penalty keeps this cell near a contraction."""
+
     def cell(self, z: State, x: Array, masks: State | None = None) -> State:
         """Next state for images `[B, H, W, channels]` in [0, 1], perturbation included.
 
