@@ -147,7 +147,7 @@ PRESETS = {
         steps=6000,
         latent_penalty=1e-2,
         vae_steps=12000,
-        nested_steps=3000,
+        nested_steps=5500,
         evaluation_nested_steps=40,
         checkpoint_every=500,
     ),
