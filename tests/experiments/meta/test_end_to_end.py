@@ -1,0 +1,94 @@
+"""The task's command line: trained, evaluated on other data, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from experiments.common.cli import main
+from experiments.common.runs import read_metrics
+from experiments.meta.__main__ import TASK
+from experiments.meta.config import PRESETS
+from tests.experiments.common.data.test_omniglot import drawings, write_folder, write_zip
+
+SPEED = ("seconds_step_joint", "seconds_step_nested", "speedup_nested", "gradient_error_kkt")
+
+
+def run(*arguments):
+    main(TASK, [str(argument) for argument in arguments])
+
+
+def fail(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_leaves_a_complete_run(tmp_path):
+    path = tmp_path / "smoke"
+    run("--preset", "smoke", "--run-dir", path)
+    summary = json.loads((path / "summary.json").read_text())
+    accuracies = [
+        f"{prefix}accuracy_{setting}{suffix}"
+        for prefix in ("", "maml_", "imaml_", "proto_", "pixels_")
+        for setting in ("5w1s", "5w5s", "20w1s", "20w5s")
+        for suffix in ("", "_ci95")
+    ]
+    for name in (*accuracies, *SPEED):
+        assert isinstance(summary[name], int | float), name
+        assert not math.isnan(summary[name]), name
+    assert all(isinstance(value, int | float | str) for value in summary.values())
+    assert summary["gradient_error_kkt"] < 1e-2
+    assert summary["gradient_error_kkt_float64"] < 1e-5
+    assert summary["test_tasks"] >= 600
+    assert {file.name for file in (path / "figures").iterdir()} == {"objective.png", "training.png"}
+    assert [row["step"] for row in read_metrics(path)] == list(range(10, 61, 10))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    config = replace(
+        PRESETS["omniglot-small"], channels=(8, 8), context=4, steps=2, ways=3, queries=1,
+        inner_steps=3, baselines=("proto",), baseline_steps=2, settings=((3, 1),), test_tasks=4,
+        test_queries=2, speed_tasks=4, speed_rates=(0.1,), speed_joint_steps=(4,),
+        speed_nested_steps=(4,), log_every=1,
+    )  # fmt: skip
+    monkeypatch.setitem(TASK.presets, "tiny", config)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_path, capsys):
+    write_zip(tmp_path / "a", "omniglot_resized", drawings(0, {"Greek": 3, "Angelic": 4}, 28))
+    path = tmp_path / "run"
+    run("train", "--preset", "tiny", "--run-dir", path, "--data-root", tmp_path / "a")
+    write_folder(tmp_path / "mine", drawings(1, {"Klingon": 4}, 105))
+    evaluation = ("evaluate", "--run-dir", path, "--data-root", tmp_path / "mine")
+    run(*evaluation, "--ways", 2, "--shots", 2, "--tasks", 5)
+    summary = json.loads((path / "summary.json").read_text())
+    assert {name for name in summary if "accuracy" in name} == {
+        f"{prefix}accuracy_2w2s{suffix}"
+        for prefix in ("", "proto_", "pixels_")
+        for suffix in ("", "_ci95")
+    }
+    assert summary["test_tasks"] == 5
+    assert (path / "figures" / "training.png").is_file()
+    assert "5-way tasks need 5 characters and there are 4" in fail(capsys, *evaluation, "--ways", 5)
+    assert "has 4 images, and tasks of 3 shots and 2 queries need 5" in fail(
+        capsys, *evaluation, "--shots", 3
+    )
+
+
+def test_mistakes_are_one_sentence(tiny, tmp_path, capsys):
+    message = fail(capsys, "--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "a")
+    assert "omniglot/images_background.zip was not found" in message
+    write_zip(tmp_path, "omniglot_resized", drawings(0, {"Greek": 1}, 28))
+    message = fail(capsys, "--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "b")
+    assert "3-way tasks need 3 characters" in message
