@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 _SLOW = 0.95
 """A radius above this needs more than 130 steps for three digits."""
 
+_LAGGING = 0.6
+"""Below this radius state and adjoint follow x within a few steps as it is."""
+
+_OVER = 1.2
+"""A relaxation above this is worth a sentence."""
+
 _ILL_CONDITIONED = 1e3
 """Gradient descent needs about as many steps as the condition number for a digit."""
 
@@ -42,6 +48,7 @@ def report(diagnosis: Diagnosis) -> str:
         _Row("adjoint residual, relative", _array(diagnosis.relative.adjoint)),
         _Row("stationarity", _array(diagnosis.relative.stationarity)),
         _Row("spectral radius of the cell", _array(diagnosis.state_radius)),
+        _Row("best relaxation of the state", _array(diagnosis.state_relaxation), low_is_bad=True),
         _Row("spectral radius of the joint map", _array(diagnosis.augmented_radius)),
         _Row("  at a step on x of", _array(diagnosis.step_size)),
         _Row("largest stable step", _array(diagnosis.largest_stable_step), low_is_bad=True),
@@ -64,6 +71,7 @@ def advice(diagnosis: Diagnosis) -> list[str]:
         *_of_outcomes(diagnosis),
         *_of_solves(diagnosis),
         *_of_contraction(diagnosis),
+        *_of_relaxation(diagnosis),
         *_of_steps(diagnosis),
         *_of_curvature(diagnosis),
         *_of_kernel(diagnosis),
@@ -118,6 +126,19 @@ def _of_contraction(diagnosis: Diagnosis) -> list[str]:
             f"allow more max_steps, or train with a tighter bound on the cell."
         ]
     return []
+
+
+def _of_relaxation(diagnosis: Diagnosis) -> list[str]:
+    best, radius = _array(diagnosis.state_relaxation), _array(diagnosis.state_radius)
+    lags = (radius >= _LAGGING) & (radius < 1)
+    if not np.all(lags) or not np.all(best >= _OVER):
+        return []
+    return [
+        f"State and adjoint lag behind x (what is left of an error after a step is "
+        f"{_number(float(np.median(radius)))} of it), and the eigenvalues of the cell that were "
+        f"found allow over-relaxation: take Descent with state_relaxation and "
+        f"adjoint_relaxation of {np.min(best):.1f}."
+    ]
 
 
 def _of_steps(diagnosis: Diagnosis) -> list[str]:

@@ -22,6 +22,15 @@ def check_fraction(owner: str, name: str, value: float) -> None:
         )
 
 
+def check_relaxation(owner: str, name: str, value: float) -> None:
+    """Refuses a ``value`` outside (0, 2)."""
+    if not (is_real(value) and 0 < value < 2):
+        raise ValueError(
+            f"{owner}: {name}={value!r} was given, but a number in (0, 2) is expected; below 1 "
+            f"damps, above 1 over-relaxes."
+        )
+
+
 def check_count(owner: str, name: str, value: int, least: int = 1) -> None:
     """Refuses a ``value`` that is not an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:

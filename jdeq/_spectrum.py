@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +57,38 @@ def spectral_radius(matvec: Callable[[PyTree], PyTree], start: PyTree, *, dimens
         return _normalised(matvec(v))
 
     start = lax.fori_loop(0, _POWERS * dimension, power, _normalised(start))
-    matrix = _arnoldi(matvec, start, dimension).projected
+    return _radius(_arnoldi(matvec, start, dimension).projected)
+
+
+def relaxed_radii(
+    matvec: Callable[[PyTree], PyTree],
+    start: PyTree,
+    relaxations: Sequence[float],
+    *,
+    dimension: int,
+) -> Array:
+    """The spectral radius of ``(1 - w) I + w A`` for every w, by Arnoldi's method.
+
+    Args:
+        matvec: ``A`` applied to a pytree like ``start``; linear, independent across problems.
+        start: first vector, usually random, every leaf ``[B, ...]``.
+        relaxations: the ``w``.
+        dimension: largest dimension of the Krylov space, at least 1: the products it takes.
+
+    Returns:
+        ``[len(relaxations), B]``. Lower bounds until the Krylov space is the whole space: the
+        eigenvalues at the rim of the spectrum are found first, and these decide.
+    """
+    found = _arnoldi(matvec, start, dimension)
+    identity = jnp.eye(dimension, dtype=found.projected.dtype)
+    # Rows of vectors that the space has no room for have no eigenvalue of their own to add.
+    room = jnp.arange(dimension) < found.used[:, None]
+    identity = identity * room[:, :, None]
+    return jnp.stack([_radius((1 - w) * identity + w * found.projected) for w in relaxations])
+
+
+def _radius(matrix: Array) -> Array:
+    """The largest modulus of the eigenvalues of small matrices ``[B, m, m]``, ``[B]``."""
 
     def square(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         matrix, log = carry

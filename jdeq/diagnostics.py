@@ -28,6 +28,8 @@ PyTree = Any
 _GMRES_DIMENSION = 40
 _GMRES_RESTARTS = 5
 
+_RELAXATIONS = tuple(k / 10 for k in range(1, 20))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Diagnosis:
             ``||A - mu|| / ||A||`` with ``A = (df/dz)^T mu + dl/dz``, and the stationarity.
         state_radius: spectral radius of ``df/dz``. Below 1 plain iteration of the state converges,
             by that factor a step in the long run.
+        state_relaxation: the w, a multiple of 0.1 in (0, 2), with which ``z + w (f - z)`` converges
+            fastest by the eigenvalues found: above 1 where they are positive, below 1 where some
+            are negative or complex.
         augmented_radius: spectral radius of the map ``(z, x, mu) -> (f, P(x - a g), A)`` with
             ``a = step_size``. Below 1 the plain joint iteration converges.
         step_size: ``a``.
@@ -65,6 +70,7 @@ class Diagnosis:
     solution: Solution
     relative: KKTResidual
     state_radius: Array
+    state_relaxation: Array
     augmented_radius: Array
     step_size: Array
     kernel_condition: Array
@@ -113,10 +119,10 @@ def diagnose(
     ``print(jdeq.diagnose(problem, params, target, x0, z0))`` solves and reports;
     ``jdeq.diagnose(problem, params, target, solution)`` reports on a solution that is there.
 
-    It costs ``6 dimension`` Jacobian products for the two radii and ``4 dimension`` linear solves,
-    each of them some tens (at most 200) of Jacobian products of the cell: much more than the
-    solve itself. A few problems of a batch are usually enough. Memory: ``dimension + 1`` augmented
-    states, or 41 states.
+    It costs ``7 dimension`` Jacobian products for radii and relaxation and ``4 dimension`` linear
+    solves, each of them some tens (at most 200) of Jacobian products of the cell: much more than
+    the solve itself. A few problems of a batch are usually enough. Memory: ``dimension + 1``
+    augmented states, or 41 states.
 
     Cell and objective must be twice differentiable, in forward mode over reverse; the projection
     once.
@@ -200,11 +206,14 @@ def _diagnose(
     pure, theta = purify("diagnose", problem, params, target, at.x, at.z, rest)
     given = Given(theta, target, rest)
     evaluation = augmented.evaluate(pure, theta, target, rest, at)
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 5)
 
     _, push = jax.linearize(lambda z: pure.cell(theta, (at.x, *rest), z), at.z)
     state_radius = _spectrum.spectral_radius(
         push, _tree.normal_like(keys[0], at.z), dimension=dimension
+    )
+    radii = _spectrum.relaxed_radii(
+        push, _tree.normal_like(keys[4], at.z), _RELAXATIONS, dimension=dimension
     )
     reduced = _Reduced.at(pure, given, at, linear_rtol)
     kernel = reduced.kernel_range(keys[1], dimension)
@@ -228,6 +237,7 @@ def _diagnose(
             solution.residual.stationarity,
         ),
         state_radius=state_radius,
+        state_relaxation=_best_relaxation(radii),
         augmented_radius=_augmented_radius(pure, given, at, (step, scale), keys[3], dimension),
         step_size=step,
         kernel_condition=_ratio(kernel.largest, kernel.smallest),
@@ -236,6 +246,12 @@ def _diagnose(
         hessian_largest=hessian.largest,
         linear_residual=reduced.adjoint_residual,
     )
+
+
+def _best_relaxation(radii: Array) -> Array:
+    """The relaxation of the smallest of ``radii``, ``[len(_RELAXATIONS), B]``."""
+    best = jnp.asarray(_RELAXATIONS, radii.dtype)[jnp.argmin(radii, axis=0)]
+    return jnp.where(jnp.any(jnp.isnan(radii), axis=0), jnp.nan, best)
 
 
 def _augmented_radius(

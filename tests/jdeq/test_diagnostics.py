@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jdeq
-from jdeq import _spectrum
+from jdeq import _spectrum, _tree
 from jdeq.solution import Result
 from tests.jdeq import problems
 
@@ -43,6 +43,23 @@ def joint_matrix(o, step, projection):
             [s * np.eye(n), np.zeros((n, m)), W.T],
         ]
     )
+
+
+def test_the_best_relaxation_is_that_of_the_eigenvalues():
+    """Symmetric cells: best is two over the sum of the extreme eigenvalues of I - df/dz."""
+    low, high = jnp.array([0.1, -0.6, 0.8])[:, None], jnp.array([0.8, 0.2, 0.9])[:, None]
+
+    def cell(params, z, x, data):
+        return jnp.concatenate([data[0], data[1]], 1) * z + x
+
+    problem = jdeq.InputProblem(cell, lambda params, z, x, t, data: jnp.sum((z - t) ** 2, 1))
+    zeros = jnp.zeros((3, 2))
+    d = jdeq.diagnose(problem, None, zeros + 1, zeros, zeros, data=(low, high), max_steps=2000)
+    want = 2 / (2 - low - high)[:, 0]
+    np.testing.assert_allclose(d.state_relaxation, np.minimum(np.round(want, 1), 1.9))
+    alone = jax.tree.map(lambda v: v[:1], (zeros, (low, high)))
+    d = jdeq.diagnose(problem, None, alone[0] + 1, alone[0], alone[0], data=alone[1])
+    assert any("adjoint_relaxation of 1.8" in sentence for sentence in d.advice)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
@@ -260,7 +277,7 @@ def test_spectra_are_exact_in_the_whole_space(size):
             np.zeros((size, size)),
         ]
     )
-    start = _spectrum.normal_like(jax.random.key(0), jnp.zeros((4, size)))
+    start = _tree.normal_like(jax.random.key(0), jnp.zeros((4, size)))
 
     def product(of):
         return lambda v: jnp.einsum("bij,bj->bi", jnp.array(of), v)
@@ -269,6 +286,12 @@ def test_spectra_are_exact_in_the_whole_space(size):
     # Rounding moves a defective eigenvalue of multiplicity k by the k-th root of it.
     np.testing.assert_allclose(got, [radius(m) for m in matrices], rtol=0.1, atol=1e-12)
     np.testing.assert_allclose(got[0], radius(matrices[0]), rtol=1e-6)
+    relaxations = (0.3, 1.0, 1.7)
+    got = _spectrum.relaxed_radii(product(matrices), start, relaxations, dimension=14)
+    for w, radii in zip(relaxations, got, strict=True):
+        want = [radius((1 - w) * np.eye(size) + w * m) for m in matrices]
+        # The defective one is left aside: the twelfth root of rounding is not small.
+        np.testing.assert_allclose(np.delete(radii, 1), np.delete(want, 1), rtol=1e-6, atol=1e-12)
     symmetric = matrices + matrices.swapaxes(1, 2)
     smallest, largest = _spectrum.extreme_eigenvalues(product(symmetric), start, dimension=14)
     want = np.linalg.eigvalsh(symmetric)

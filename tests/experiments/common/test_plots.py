@@ -61,7 +61,7 @@ def test_the_picture_of_a_diagnosis_of_any_size_and_of_bad_problems(tmp_path):
         residual = jdeq.KKTResidual(column, column, column)
         codes = jnp.zeros(count, jnp.int32)
         solution = jdeq.Solution(start, codes, codes, residual)
-        return jdeq.Diagnosis(solution, residual, *[column] * 8)
+        return jdeq.Diagnosis(solution, residual, *[column] * 9)
 
     for count in (1, 100):
         diagnosis(tmp_path / f"{count}.png", found(count), "title")

@@ -32,6 +32,24 @@ def test_takes_steps_from_the_newest_state_and_adjoint():
         x = np.clip(x - 0.1 * g, -0.2, 0.3)
 
 
+def test_over_relaxation_follows_faster_where_eigenvalues_are_positive():
+    o = problems.optimum()
+    params = {**o.params, "W": 0.8 * jnp.eye(problems.N)}
+    problem = jdeq.InputProblem(problems.linear_cell, problems.quadratic)
+
+    def steps(relaxation):
+        method = Descent(
+            optax.sgd(0.02), state_relaxation=relaxation, adjoint_relaxation=relaxation
+        )
+        solution = jdeq.joint_solve(
+            problem, params, o.target, o.x0, o.z0, method=method, max_steps=2000, rtol=1e-8
+        )
+        assert np.all(solution.result == Result.converged)
+        return np.asarray(solution.steps)
+
+    assert np.all(steps(1.6) < 0.8 * steps(1.0))
+
+
 def test_without_feedback_x_takes_the_steps_of_exact_gradients():
     """A cell that ignores z is an explicit network: nothing is left to lag behind x."""
     o = problems.optimum()
