@@ -51,6 +51,7 @@ class Config:
         speed_problems: Test images of the speed measurement, at most; others tune the methods.
         speed_joint_steps: Lengths of the joint solve among which its tuning chooses.
         speed_joint_rates: First steps among which it chooses.
+        speed_relaxations: Of state and adjoint, among which it chooses.
         speed_nested_steps: Optimiser steps among which the tuning of the nested method chooses.
         speed_nested_rates: Learning rates among which it chooses.
         log_every: Training steps between rows of metrics.
@@ -89,6 +90,7 @@ class Config:
     speed_problems: int = 256
     speed_joint_steps: tuple[int, ...] = (40, 60, 80)
     speed_joint_rates: tuple[float, ...] = (0.2, 0.3, 0.5)
+    speed_relaxations: tuple[float, ...] = (1.0, 1.6)
     speed_nested_steps: tuple[int, ...] = (20, 40, 80)
     speed_nested_rates: tuple[float, ...] = (0.1, 0.3, 0.6)
     log_every: int = 20
@@ -125,6 +127,7 @@ PRESETS = {
         speed_problems=32,
         speed_joint_steps=(60,),
         speed_joint_rates=(0.3,),
+        speed_relaxations=(1.0,),
         speed_nested_steps=(30,),
         speed_nested_rates=(0.3,),
         checkpoint_every=20,
@@ -147,7 +150,8 @@ PRESETS = {
         steps=6000,
         latent_penalty=1e-2,
         vae_steps=12000,
-        nested_steps=5500,
+        nested_steps=2700,
+        nested_inner_steps=40,
         evaluation_nested_steps=40,
         checkpoint_every=500,
     ),
