@@ -45,7 +45,7 @@ class Config:
     prior_images: int = 2048
     test_images: int = 1024
     validation_images: int = 128
-    penalties: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    penalties: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
     joint_steps: tuple[int, ...] = (10, 20, 40, 80)
     nested_steps: tuple[int, ...] = (2, 5, 10, 20, 50)
     rates: tuple[float, ...] = (0.1, 0.3, 0.6)

@@ -12,6 +12,7 @@ from experiments.inverse.measurements import KINDS, Kind
 from experiments.inverse.solvers import Batch, Restored
 
 _SHOWN = 12  # images a row
+_HIDDEN = 0.5  # grey of hidden pixels
 _LABELS = {
     "joint": "joint, trained\nfor the task",
     "unconditional": "joint, no task",
@@ -23,7 +24,8 @@ _LABELS = {
 
 def restorations(path: Path, kind: Kind, batch: Batch, restored: Mapping[str, Restored]) -> None:
     """Originals, what was observed, and what each method made of it; the whole in rows."""
-    observed = np.clip(np.asarray(batch.observed), 0, 1)
+    shown = np.where(np.asarray(batch.how.mask) > 0, np.asarray(batch.observed), _HIDDEN)
+    observed = np.clip(shown, 0, 1)
     rows = {"original": batch.clean[:_SHOWN], "observed": observed[:_SHOWN]}
     rows |= {label: restored[name].images[:_SHOWN] for name, label in _LABELS.items()}
     plots.image_rows(path, rows, kind.label)
