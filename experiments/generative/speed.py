@@ -50,15 +50,18 @@ def measure_speed(
 
 
 def joint_candidates(config: Config) -> list[Candidate]:
-    """Adam with a cosine-decayed step inside the augmented map, over several lengths."""
+    """Adam with a cosine-decayed step inside the augmented map, over lengths and relaxations."""
     return [
         joint_candidate(
-            f"Adam, cosine over {steps}",
-            jdeq.joint.Descent(_cosine_adam(steps)),
+            f"Adam, cosine over {steps}, relaxation {relaxation:g}",
+            jdeq.joint.Descent(
+                _cosine_adam(steps), state_relaxation=relaxation, adjoint_relaxation=relaxation
+            ),
             steps,
             config.speed_joint_rates,
         )
         for steps in config.speed_joint_steps
+        for relaxation in config.speed_relaxations
     ]
 
 
