@@ -48,8 +48,7 @@ class Config:
         weight_decay: Of AdamW.
         gradient_clip: Largest norm of the gradient; longer ones are scaled down.
         jacobian_weight: Weight of the penalty `||df/dz||_F^2 / dim z` on the support's equilibria.
-        baselines: Trained on the same tasks.
-        baseline_steps: Training steps of each.
+        baselines: Trained on the same tasks, each with its number of training steps.
         settings: (ways, shots) that the evaluation tests.
         test_tasks: Test tasks of each.
         test_queries: Query examples a class of a test task.
@@ -89,8 +88,7 @@ class Config:
     weight_decay: float = 1e-4
     gradient_clip: float = 10.0
     jacobian_weight: float = 0.0
-    baselines: tuple[Baseline, ...] = ("proto", "maml", "fomaml", "imaml")
-    baseline_steps: int = 500
+    baselines: tuple[tuple[Baseline, int], ...] = ()
     settings: tuple[tuple[int, int], ...] = ((5, 1), (5, 5), (20, 1), (20, 5))
     test_tasks: int = 600
     test_queries: int = 15
@@ -116,8 +114,7 @@ _SINUSOID = Config(
     tasks=16,
     inner_steps=30,
     inner_step=0.1,
-    baselines=("maml", "fomaml", "imaml"),
-    baseline_steps=3000,
+    baselines=(("maml", 3000), ("fomaml", 3000), ("imaml", 3000)),
     settings=((1, 5), (1, 10)),
     test_queries=100,
     speed_tasks=256,
@@ -137,8 +134,7 @@ PRESETS: dict[str, Config] = {
         fast_head=True,
         steps=60,
         ways=5,
-        baselines=("proto", "maml", "imaml"),
-        baseline_steps=30,
+        baselines=(("proto", 30), ("maml", 30), ("imaml", 30)),
         test_queries=5,
         speed_tasks=16,
         speed_rates=(0.1,),
@@ -157,8 +153,11 @@ PRESETS: dict[str, Config] = {
         context=32,
         head="prototypes",
         fast_head=True,
-        steps=8000,
-        baseline_steps=2000,
+        steps=7500,
+        queries=4,
+        inner_steps=10,
+        learning_rate=2e-3,
+        baselines=(("proto", 7500), ("maml", 1000), ("fomaml", 1000), ("imaml", 1000)),
     ),
     # python -m experiments.meta --preset omniglot-published
     # The published size, 2,345,093 parameters, and 2 million tasks. It wants a GPU, and has not
@@ -179,7 +178,6 @@ PRESETS: dict[str, Config] = {
         outer_steps=40,
         gradient_clip=1e4,
         jacobian_weight=0.5,
-        baselines=(),
         settings=((5, 1), (5, 5)),
         log_every=50,
         checkpoint_every=500,

@@ -112,9 +112,9 @@ def _baselines(
 ) -> dict[str, tuple[Outputs, PyTree]]:
     """The baselines that have a checkpoint."""
     found: dict[str, tuple[Outputs, PyTree]] = {}
-    for kind in config.baselines:
+    for kind, steps in config.baselines:
         model, params = build_baseline(kind, config, shape, run.record.seed)
-        optimizer = outer_optimizer(config, config.baseline_steps)
+        optimizer = outer_optimizer(config, steps)
         template = BaselineState(params, optimizer.init(params))
         restored = restore_newest(run.part(kind).checkpoints, template, discard=False)
         if restored is None:

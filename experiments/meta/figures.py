@@ -40,7 +40,7 @@ def draw(
 def _training(run: RunDirectory) -> None:
     """The loss on queries, or the error rate, over training."""
     kinds = {"joint": run.path}
-    kinds |= {kind: run.path / kind for kind in run.record.settings["baselines"]}
+    kinds |= {kind: run.path / kind for kind, _ in run.record.settings["baselines"]}
     curves = {}
     for kind, path in kinds.items():
         rows = read_metrics(path)

@@ -62,22 +62,21 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
         Schedule(config.steps, config.log_every, config.checkpoint_every),
     )
 
-    for kind in config.baselines:
+    for kind, steps in config.baselines:
         say(f"training {kind}")
         model, params = build_baseline(kind, config, source.shape, seed)
-        optimizer = outer_optimizer(config, config.baseline_steps)
+        optimizer = outer_optimizer(config, steps)
         fit(
-            baseline_step(model, config),
+            baseline_step(model, config, optimizer),
             BaselineState(params, optimizer.init(params)),
             source.training(config, seed),
             run.part(kind),
-            Schedule(config.baseline_steps, config.log_every, config.checkpoint_every),
+            Schedule(steps, config.log_every, config.checkpoint_every),
         )
 
 
-def baseline_step(model: Model, config: Config) -> Any:
+def baseline_step(model: Model, config: Config, optimizer: optax.GradientTransformation) -> Any:
     """`update(state, tasks) -> (state, metrics)` of a baseline."""
-    optimizer = outer_optimizer(config, config.baseline_steps)
 
     def loss(params: PyTree, tasks: Tasks) -> tuple[Array, Metrics]:
         target, wanted = tasks.support_label, tasks.query_label

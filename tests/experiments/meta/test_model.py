@@ -32,17 +32,15 @@ def compact(contraction=0.9):
 
 def test_the_published_network_has_its_published_sizes():
     config = PRESETS["omniglot-published"]
-    network = nnx.eval_shape(
-        lambda: MultiscaleNetwork(
-            (28, 28, 1), widths=config.channels, context=config.context, rngs=nnx.Rngs(0)
-        )
+    network = MultiscaleNetwork(
+        (28, 28, 1), widths=config.channels, context=config.context, rngs=nnx.Rngs(0)
     )
     state = jax.eval_shape(lambda: network.initial_state(1, 5))
     assert [branch.shape for branch in state] == [(1, 5, 28, 28, 64), (1, 5, 14, 14, 128)]
     assert sum(branch.size for branch in state) == 5 * 75_264
     features = jax.eval_shape(network.features, state).shape[-1]
     assert features == 1536
-    head = nnx.eval_shape(lambda: Head(features, 5, prototypes=False, rngs=nnx.Rngs(0)))
+    head = Head(features, 5, prototypes=False, rngs=nnx.Rngs(0))
     # The published cell's 2,490,688 hold 154,368 that modulate nothing.
     assert size(network.multiscale) == 2_490_688 - 154_368
     assert size(network) + size(head) == 2_345_093
@@ -51,11 +49,8 @@ def test_the_published_network_has_its_published_sizes():
 def test_the_published_learner_adapts_its_context_of_400():
     config = PRESETS["omniglot-published"]
 
-    def fast():
-        learner, params = build_learner(config, (28, 28, 1), config.ways, 0)
-        return learner.start(params, 2, 5, config.ways)[0]
-
-    x0 = jax.eval_shape(fast)
+    learner, params = build_learner(config, (28, 28, 1), config.ways, 0)
+    x0 = jax.eval_shape(lambda: learner.start(params, 2, 5, config.ways)[0])
     assert x0.context.shape == (2, 400)
     assert x0.head is None
 
