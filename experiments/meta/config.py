@@ -153,11 +153,11 @@ PRESETS: dict[str, Config] = {
         context=32,
         head="prototypes",
         fast_head=True,
-        steps=7500,
+        steps=7000,
         queries=4,
         inner_steps=10,
         learning_rate=2e-3,
-        baselines=(("proto", 7500), ("maml", 1000), ("fomaml", 1000), ("imaml", 1000)),
+        baselines=(("proto", 3000), ("maml", 500), ("fomaml", 500), ("imaml", 500)),
     ),
     # python -m experiments.meta --preset omniglot-published
     # The published size, 2,345,093 parameters, and 2 million tasks. It wants a GPU, and has not

@@ -44,6 +44,8 @@ class Modulation(nnx.Module):
     """Feature-wise scale and shift by a context (FiLM; Perez et al., 2018).
 
     The scale, `1 + tanh(S v) / 4`, is bounded, so that a contraction stays one for every context.
+    `contract` bounds the linear maps themselves, so that no training makes the problem of finding
+    the context steep.
     """
 
     def __init__(self, context: int, width: int, *, rngs: nnx.Rngs):
@@ -53,6 +55,11 @@ class Modulation(nnx.Module):
         """(scale, shift), [B, width] each, of contexts [B, c]."""
         scale, shift = jnp.split(self.linear(context), 2, axis=-1)
         return 1 + _MODULATION * jnp.tanh(scale), shift
+
+    def contract(self) -> None:
+        """Scales the maps down to a spectral norm of at most 1."""
+        kernel = self.linear.kernel
+        kernel[...] = limit_spectral_norm(kernel[...], 1.0)
 
 
 class DenseNetwork(nnx.Module):
@@ -103,6 +110,7 @@ class DenseNetwork(nnx.Module):
         """Scales W down to its bound."""
         kernel = self.recurrent.kernel
         kernel[...] = limit_spectral_norm(kernel[...], self.bound)
+        self.modulation.contract()
 
 
 class CompactNetwork(nnx.Module):
@@ -181,6 +189,7 @@ class CompactNetwork(nnx.Module):
         kernel = self.recurrent.kernel[...]
         norm = convolution_norm(kernel, self.size[:2])
         self.recurrent.kernel[...] = kernel * jnp.minimum(1, self.bound / norm)
+        self.modulation.contract()
 
 
 def convolution_norm(kernel: Array, size: tuple[int, int]) -> Array:

@@ -21,9 +21,9 @@ from experiments.meta.unrolled import unrolled_solve
 PyTree = Any
 
 _FIRST_TEMPERATURE = 8.0
-_FIRST_SUPPORT = 4.0
-_FIRST_PENALTY = 0.1
-_LEAST_PENALTY = 0.01
+_SUPPORT_TEMPERATURE = 4.0
+_FIRST_PENALTY = 0.1  # beyond the least
+_LEAST_PENALTIES = (0.5, 0.05)  # on the context, and on the head
 _TIGHT_STEPS = 1000
 
 
@@ -44,8 +44,8 @@ class Head(nnx.Module):
     """Features to class scores, or to numbers.
 
     With prototypes, class n of a task scores `-t mean_d (f_d - p_nd)^2`, where `p_n` is the mean of
-    the features of its support (Snell et al., 2017) plus the fast head. The temperature t of the
-    support's loss is learnt apart from that of the queries: with the latter a single support
+    the features of its support (Snell et al., 2017) plus the fast head. The temperature t is learnt
+    for the queries; the support has a constant lower one, since with the former a single support
     image, which is its own prototype, has hardly any loss. Otherwise the head is a linear map, to
     whose kernel the fast head is added.
     """
@@ -54,7 +54,6 @@ class Head(nnx.Module):
         self.prototypes = prototypes
         if prototypes:
             self.log_temperature = nnx.Param(jnp.log(jnp.float32(_FIRST_TEMPERATURE)))
-            self.log_support_temperature = nnx.Param(jnp.log(jnp.float32(_FIRST_SUPPORT)))
         else:
             self.linear = nnx.Linear(features, outputs, rngs=rngs)
 
@@ -74,10 +73,10 @@ class Head(nnx.Module):
         if not self.prototypes:
             assert self.linear.bias is not None
             return products + self.linear.bias[...]
-        log_temperature = self.log_support_temperature if support else self.log_temperature
+        temperature = _SUPPORT_TEMPERATURE if support else jnp.exp(self.log_temperature[...])
         # The squared norm of f, which all classes share, is left out.
         distance = jnp.sum(classifier**2, axis=-1)[:, None] - 2 * products
-        return -jnp.exp(log_temperature[...]) * distance / features.shape[-1]
+        return -temperature * distance / features.shape[-1]
 
 
 class MetaLearner(nnx.Module):
@@ -89,8 +88,13 @@ class MetaLearner(nnx.Module):
         self.raw_penalties = nnx.Param(jnp.full(2, jnp.log(jnp.expm1(_FIRST_PENALTY)), jnp.float32))
 
     def penalty(self, fast: Fast) -> Array:
-        """`(a |v|^2 + b sum_n |h_n|^2) / 2` with learnt a and b, [B]."""
-        weights = _LEAST_PENALTY + jax.nn.softplus(self.raw_penalties[...])
+        """`(a |v|^2 + b sum_n |h_n|^2) / 2` with learnt a and b, [B].
+
+        Both have a lower bound: the outer gradient would otherwise make the inner problem so steep
+        that the iterations of a training step no longer solve it, and be wrong.
+        """
+        least = jnp.asarray(_LEAST_PENALTIES, self.raw_penalties[...].dtype)
+        weights = least + jax.nn.softplus(self.raw_penalties[...])
         total = weights[0] * jnp.sum(fast.context**2, axis=-1)
         if fast.head is not None:
             total = total + weights[1] * jnp.sum(fast.head**2, axis=(1, 2))
