@@ -18,7 +18,7 @@ from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState, KKTResidual
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, Theta, purify
-from jdeq.joint.run import Given, JointRun, Units
+from jdeq.joint.run import Given, JointRun, LoopOptions, Units
 from jdeq.joint.solve import check_arguments, joint_solve
 from jdeq.krylov import gmres
 from jdeq.solution import Solution
@@ -155,7 +155,7 @@ def diagnose(
     solution = _solution(problem, params, target, x0, z0, data, solve)
     z, x, mu = solution.value
     arguments = check_arguments(
-        "diagnose", problem, params, target, x, z, data, mu, Controls(0.0, 0.0), 1, False
+        "diagnose", problem, params, target, x, z, data, mu, Controls(0.0, 0.0), LoopOptions(1)
     )
     key = jax.random.key(0) if key is None else key
     options = (step_size, float(linear_rtol), key)
@@ -265,7 +265,7 @@ def _augmented_radius(
     """Of ``(f, P(x - step g), A)``, whose eigenvalues do not depend on the unit of mu."""
     step, scale = units
     at = at._replace(mu=_tree.scale(1 / scale, at.mu))
-    run = JointRun(pure, Polished(), 1)
+    run = JointRun(pure, Polished(), LoopOptions(1))
     inputs = (given.target, given.rest, Units(scale, jnp.sqrt(step * scale)))
     _, push = jax.linearize(lambda at: run.augmented_map(given.theta, inputs, at), at)
     start = _tree.normal_like(key, at)

@@ -34,7 +34,10 @@ STAGNATION_GAIN = 1e-3
 """...by at least this fraction..."""
 
 STAGNATION_GROWTH = 10
-"""...unless its size exceeds this times its usual one: then it has diverged, if slowly."""
+"""...unless its size exceeds this times its usual one..."""
+
+STAGNATION_PROGRESS = 0.1
+"""...and its merit never fell below this times its usual one: then it has diverged, if slowly."""
 
 GUARD_SLACK = 1.3
 """An iterate may be returned only if its guard is within this factor of the best guard seen."""
@@ -113,6 +116,7 @@ class _Carry(NamedTuple):
     best_guard: Array  # guard of the best iterate
     lowest_guard: Array  # lowest guard of any iterate
     usual_size: Array
+    usual_merit: Array
     reference_merit: Array  # merit at the last improvement that counted
     idle_steps: Array  # steps since then
     folded: PyTree
@@ -130,7 +134,7 @@ def iterate(
     budget: Array | None = None,
     record: bool | Callable[[PyTree], PyTree] = False,
     fold: Fold | None = None,
-    detect_stagnation: bool = True,
+    patience: int | None = STAGNATION_STEPS,
     measure_best_last: bool = False,
     keep_memory: bool = False,
     compaction: int = 0,
@@ -157,7 +161,8 @@ def iterate(
         record: whether to keep the history; a function of the iterate is recorded besides, if
             there is no compaction.
         fold: a running value over each problem's iterates.
-        detect_stagnation: whether a problem whose merit no longer improves is stopped.
+        patience: steps after which a problem is stopped whose merit no longer improves, or None
+            for no such stop.
         measure_best_last: whether the last step of the limit is spent on the best iterate, whose
             report then replaces the one that it was chosen by. For steps whose reports are exact
             only on demand.
@@ -194,7 +199,7 @@ def iterate(
                 report,
                 record,
                 fold,
-                detect_stagnation,
+                patience,
                 last,
                 keep_memory,
             )
@@ -276,6 +281,7 @@ def _start(
         best_guard=jnp.full((count,), jnp.inf, guard.dtype),
         lowest_guard=jnp.full((count,), jnp.inf, guard.dtype),
         usual_size=jnp.ones((count,), report.size.dtype),
+        usual_merit=jnp.zeros((count,), report.merit.dtype),
         reference_merit=infinite,
         idle_steps=zeros,
         folded=None if fold is None else fold.start,
@@ -291,18 +297,24 @@ def _advance(
     report: Report,
     record: bool | Callable,
     fold: Fold | None,
-    detect_stagnation: bool,
+    patience: int | None,
     replace_best: Array,
     keep_memory: bool,
 ) -> _Carry:
     active = carry.code == Result.max_steps
     finite = _all_finite(report)
-    usual_size = jnp.where(
-        carry.k < USUAL_SIZE_STEPS, jnp.maximum(report.size, carry.usual_size), carry.usual_size
+    usual_size, usual_merit = (
+        jnp.where(carry.k < USUAL_SIZE_STEPS, jnp.maximum(new, usual), usual)
+        for new, usual in (
+            (report.size, carry.usual_size),
+            (jnp.abs(report.merit), carry.usual_merit),
+        )
     )
     idle_steps, reference_merit = _count_idle(carry, report)
-    stagnated = (idle_steps >= STAGNATION_STEPS) & detect_stagnation
-    growth = jnp.where(stagnated, STAGNATION_GROWTH, DIVERGENCE_FACTOR).astype(usual_size.dtype)
+    stagnated = jnp.zeros_like(active) if patience is None else idle_steps >= patience
+    # Slow convergence far from the start ends at the rounding floor, large but not running away.
+    lost = stagnated & ~(carry.best_merit < STAGNATION_PROGRESS * usual_merit)
+    growth = jnp.where(lost, STAGNATION_GROWTH, DIVERGENCE_FACTOR).astype(usual_size.dtype)
     diverged = (report.size > growth * usual_size) & ~report.converged
     eligible = active & finite & ~diverged
     lowest_guard, accept = _choose(carry, report, eligible)
@@ -337,6 +349,7 @@ def _advance(
         best_guard=jnp.where(accept, guard, carry.best_guard),
         lowest_guard=lowest_guard,
         usual_size=usual_size,
+        usual_merit=usual_merit,
         reference_merit=reference_merit,
         idle_steps=idle_steps,
         folded=folded,
@@ -369,7 +382,8 @@ def _choose(carry: _Carry, report: Report, eligible: Array) -> tuple[Array, Arra
 
 
 def _count_idle(carry: _Carry, report: Report) -> tuple[Array, Array]:
-    improved = report.merit < (1 - STAGNATION_GAIN) * carry.reference_merit
+    reference = carry.reference_merit
+    improved = report.merit < reference - STAGNATION_GAIN * jnp.abs(reference)
     improved |= ~jnp.isfinite(carry.reference_merit)
     idle_steps = jnp.where(improved, 0, carry.idle_steps + 1)
     return idle_steps, jnp.where(improved, report.merit, carry.reference_merit)

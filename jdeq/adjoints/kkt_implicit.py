@@ -62,7 +62,7 @@ class KKTImplicit(BackwardOptions):
     ) -> Solution:
         """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
         del cell
-        options = self.run_options(RunOptions(_SOLVER, max_steps, compaction=run.compaction))
+        options = self.run_options(RunOptions(_SOLVER, max_steps, compaction=run.loop.compaction))
         implicit = Implicit(options.solver, max_steps=self.max_steps)
 
         @jax.custom_vjp

@@ -49,7 +49,7 @@ class StateImplicit(BackwardOptions):
         """See ``jdeq.adjoints.base.JointAdjoint.solve``."""
         equilibrium = Equilibrium.of(
             cell,
-            self.run_options(RunOptions(Anderson(), max_steps, compaction=run.compaction)),
+            self.run_options(RunOptions(Anderson(), max_steps, compaction=run.loop.compaction)),
         )
         implicit = Implicit(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 

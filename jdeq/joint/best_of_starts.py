@@ -20,7 +20,7 @@ from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, purify
-from jdeq.joint.run import Found, Given, JointRun
+from jdeq.joint.run import Found, Given, JointRun, LoopOptions
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Result, Solution, constant_but_value
 
@@ -59,6 +59,7 @@ def best_of_starts(
     history: bool = False,
     backward_probe: Array | None = None,
     compaction: int = 0,
+    patience: int | None = None,
 ) -> Solution:
     """``joint_solve`` from several first inputs a problem, of which the best solution is kept.
 
@@ -85,6 +86,7 @@ def best_of_starts(
         history: whether to keep residuals and objective of the iterations that led to the best.
         backward_probe: zeros ``[B, 3]``; see ``joint_solve``.
         compaction: see ``joint_solve``; it pays where some starts arrive much sooner than others.
+        patience: see ``joint_solve``.
 
     Returns:
         The ``Solution`` of B problems. ``steps`` counts the evaluations of all starts of a problem
@@ -102,15 +104,15 @@ def best_of_starts(
         owner, "adjoint", adjoint, JointAdjoint, "jdeq.adjoints.StateImplicit()"
     )
     _options.check_switch(owner, "history", history)
-    _options.check_compaction(owner, compaction, history)
     count = _options.problem_count(owner, "z0", z0)
     _check_starts(owner, x0, count)
     if backward_probe is not None:
         _options.check_probe(owner, backward_probe, count)
     controls = Controls(rtol, atol, step_budget)
+    loop = LoopOptions(max_steps, history, compaction, patience)
     first = jax.tree.map(lambda leaf: leaf[0], x0)
     params, target, rest, start = check_arguments(
-        owner, problem, params, target, first, z0, data, mu0, controls, max_steps, history
+        owner, problem, params, target, first, z0, data, mu0, controls, loop
     )
     return _best_of_starts(
         (params, target, rest, start._replace(x=x0)),
@@ -119,16 +121,11 @@ def best_of_starts(
         problem=problem,
         method=method,
         adjoint=adjoint,
-        max_steps=max_steps,
-        history=history,
-        compaction=compaction,
+        loop=loop,
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
-)
+@functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
 def _best_of_starts(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,
@@ -137,16 +134,14 @@ def _best_of_starts(
     problem: InputProblem,
     method: JointMethod,
     adjoint: JointAdjoint,
-    max_steps: int,
-    history: bool,
-    compaction: int,
+    loop: LoopOptions,
 ) -> Solution:
     """One compiled program a problem, set of options and shapes, also for eager calls."""
     params, target, rest, start = arguments
     starts, count = jax.tree.leaves(start.x)[0].shape[:2]
     first = jax.tree.map(lambda leaf: leaf[0], start.x)
     pure, theta = purify("best_of_starts", problem, params, target, first, start.z, rest)
-    run = JointRun(pure, method, max_steps, history, compaction)
+    run = JointRun(pure, method, loop)
     given = Given(theta, target, rest)
 
     fixed, start = jax.lax.stop_gradient((given, start))
@@ -168,7 +163,7 @@ def _best_of_starts(
     )
     best_start = _take(chosen, flat_start)
     solution = adjoint.solve(
-        Found(run), pure.cell, max_steps, given, (best_start, found), controls, probe
+        Found(run), pure.cell, loop.max_steps, given, (best_start, found), controls, probe
     )
     return constant_but_value(solution)
 

@@ -20,7 +20,7 @@ from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.descent import check_optimizer
 from jdeq.joint.problem import InputProblem, PureProblem, purify
-from jdeq.joint.run import Given, JointAux, objective_zeros, projection
+from jdeq.joint.run import Given, JointAux, LoopOptions, objective_zeros, projection
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Solution, constant_but_value
 from jdeq.solvers.anderson import Anderson
@@ -75,6 +75,7 @@ def nested_solve(
     step_budget: int | Array | None = None,
     history: bool | Callable[[AugmentedState], PyTree] = False,
     compaction: int = 0,
+    patience: int | None = None,
 ) -> Solution:
     """Minimises over the input by gradient descent through the equilibrium.
 
@@ -99,6 +100,7 @@ def nested_solve(
         step_budget: further limit on them that may be traced.
         history: as for ``joint_solve``, one row a step on x.
         compaction: as for ``joint_solve``, between steps on x.
+        patience: as for ``joint_solve``, in steps on x.
 
     Returns:
         A ``Solution`` as ``joint_solve`` returns it. ``steps`` counts evaluations of the cell and
@@ -119,19 +121,17 @@ def nested_solve(
         "nested_solve", "adjoint", adjoint, StateImplicit, "jdeq.adjoints.StateImplicit()"
     )
     controls = Controls(rtol, atol, step_budget)
+    loop = LoopOptions(max_steps, history, compaction, patience)
     arguments = check_arguments(
-        "nested_solve", problem, params, target, x0, z0, data, None, controls, max_steps, history
+        "nested_solve", problem, params, target, x0, z0, data, None, controls, loop
     )
-    _options.check_compaction("nested_solve", compaction, history)
     return _nested_solve(
         arguments,
         controls,
         problem=problem,
         method=Nested(optimizer, forward, backward),
         adjoint=adjoint,
-        max_steps=max_steps,
-        history=history,
-        compaction=compaction,
+        loop=loop,
     )
 
 
@@ -152,10 +152,7 @@ class _Memory(NamedTuple):
     first_objective: Array
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
-)
+@functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
 def _nested_solve(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,
@@ -163,16 +160,14 @@ def _nested_solve(
     problem: InputProblem,
     method: Nested,
     adjoint: StateImplicit,
-    max_steps: int,
-    history: bool | Callable[[AugmentedState], PyTree],
-    compaction: int,
+    loop: LoopOptions,
 ) -> Solution:
     params, target, rest, start = arguments
     pure, theta = purify("nested_solve", problem, params, target, start.x, start.z, rest)
-    run = NestedRun(pure, method, max_steps, history, compaction)
+    run = NestedRun(pure, method, loop)
     given = Given(theta, target, rest)
     start = jax.lax.stop_gradient(start)
-    solution = adjoint.solve(run, pure.cell, max_steps, given, start, controls, None)
+    solution = adjoint.solve(run, pure.cell, loop.max_steps, given, start, controls, None)
     return constant_but_value(solution)
 
 
@@ -182,9 +177,7 @@ class NestedRun:
 
     pure: PureProblem
     method: Nested
-    max_steps: int
-    record: bool | Callable[[AugmentedState], PyTree] = False
-    compaction: int = 0
+    loop: LoopOptions
 
     def __call__(self, given: Given, start: AugmentedState, controls: Controls) -> Solution:
         """Alternates full solves and steps on x until every problem meets the KKT tolerance."""
@@ -202,11 +195,11 @@ class NestedRun:
             (given.target, given.rest, start),
             start,
             memory,
-            max_steps=self.max_steps,
+            max_steps=self.loop.max_steps,
             budget=controls.budget,
-            record=self.record,
-            detect_stagnation=False,
-            compaction=self.compaction,
+            record=self.loop.history,
+            patience=self.loop.patience,
+            compaction=self.loop.compaction,
         )
         return dataclasses.replace(solution, aux=JointAux(final.merit))
 

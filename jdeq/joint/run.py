@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdeq import _tree
+from jdeq import _options, _tree
 from jdeq.equilibrium import Controls
 from jdeq.iterate import Report, Step, iterate, step_limit
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import Context, JointMethod, LooksAhead
 from jdeq.joint.problem import PureProblem, Theta
-from jdeq.solution import Solution
+from jdeq.solution import Result, Solution
 
 PyTree = Any
 
@@ -73,22 +73,43 @@ class _Memory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """What fixes the loop of a compiled program, beside what is iterated.
+
+    Attributes:
+        max_steps: limit on the iterations.
+        history: whether, or what, the history keeps.
+        compaction: number of smaller sizes that the batch may shrink to as problems finish.
+        patience: iterations without a lower objective after which a problem stops, or None.
+    """
+
+    max_steps: int
+    history: bool | Callable[[AugmentedState], PyTree] = False
+    compaction: int = 0
+    patience: int | None = None
+
+    def check(self, owner: str) -> None:
+        """Refuses options out of range."""
+        _options.check_count(owner, "max_steps", self.max_steps)
+        _options.check_history(owner, self.history)
+        _options.check_compaction(owner, self.compaction, self.history)
+        if self.patience is not None:
+            _options.check_count(owner, "patience", self.patience)
+
+
+@dataclasses.dataclass(frozen=True)
 class JointRun:
     """How the KKT point of a pure problem is found.
 
     Attributes:
         pure: the problem.
         method: makes the next augmented state.
-        max_steps: limit on the iterations.
-        record: whether, or what, the history keeps.
-        compaction: number of smaller sizes that the batch may shrink to as problems finish.
+        loop: limits of the loop.
     """
 
     pure: PureProblem
     method: JointMethod
-    max_steps: int
-    record: bool | Callable[[AugmentedState], PyTree] = False
-    compaction: int = 0
+    loop: LoopOptions
 
     def __call__(self, given: Given, start: AugmentedState, controls: Controls) -> Solution:
         """Iterates the augmented map from ``start`` until every problem meets the KKT tolerance."""
@@ -102,28 +123,49 @@ class JointRun:
             return self._step(Given(given.theta, target, rest), first_objective, controls)
 
         memory = _Memory(
-            self.method.init(start, self.max_steps), jnp.zeros_like(first_objective, bool)
+            self.method.init(start, self.loop.max_steps), jnp.zeros_like(first_objective, bool)
         )
         solution, final = iterate(
             prepare,
             (given.target, given.rest, first_objective),
             start,
             memory,
-            max_steps=self.max_steps,
+            max_steps=self.loop.max_steps,
             budget=controls.budget,
-            record=self.record,
-            # A decaying schedule makes its progress at the end; waiting for it is no stagnation.
-            detect_stagnation=False,
+            record=self.loop.history,
+            patience=self.loop.patience,
             measure_best_last=isinstance(self.method, LooksAhead),
-            compaction=self.compaction,
+            compaction=self.loop.compaction,
         )
-        return dataclasses.replace(solution, aux=JointAux(final.merit))
+        solution = dataclasses.replace(solution, aux=JointAux(final.merit))
+        if self.loop.patience is None or not isinstance(self.method, LooksAhead):
+            return solution
+        return self._measured(given, solution, first_objective)
+
+    def _measured(self, given: Given, solution: Solution, first_objective: Array) -> Solution:
+        """With the exact residuals and objectives of problems that stopped for lack of progress.
+
+        The iteration looked ahead of their states when it chose among them.
+        """
+        at = solution.value
+        evaluation = augmented.evaluate(self.pure, given.theta, given.target, given.rest, at)
+        exact = augmented.kkt_residual(
+            self.pure, given.theta, given.rest, at, evaluation, first_objective
+        )
+        stopped = solution.result == Result.stagnated
+        objective = jnp.where(stopped, evaluation.objective, solution.aux.objective)
+        return dataclasses.replace(
+            solution,
+            residual=_tree.select(stopped, exact, solution.residual),
+            steps=solution.steps + stopped.astype(jnp.int32),
+            aux=JointAux(objective),
+        )
 
     def _step(self, given: Given, first_objective: Array, controls: Controls) -> Step:
         """The joint iteration of the problems that ``given`` holds."""
         project = projection(self.pure, given)
         ahead = self.method.ahead if isinstance(self.method, LooksAhead) else None
-        limit = step_limit(self.max_steps, controls.budget)
+        limit = step_limit(self.loop.max_steps, controls.budget)
 
         def step(state: AugmentedState, memory: _Memory, k: Array):
             place = (self.pure, given.theta, given.target, given.rest, state)
@@ -140,7 +182,7 @@ class JointRun:
             )
             met = augmented.meets_tolerance(residual, evaluation, controls)
             constrained = self.pure.project is not None
-            context = Context(k, self.max_steps, first_objective, project, constrained)
+            context = Context(k, self.loop.max_steps, first_objective, project, constrained)
             new_state, method_memory = self.method.step(
                 state, evaluation, residual, memory.method, context
             )
@@ -227,9 +269,9 @@ class Found:
         return self.run.augmented_map
 
     @property
-    def compaction(self) -> int:
+    def loop(self) -> LoopOptions:
         """See ``JointRun``."""
-        return self.run.compaction
+        return self.run.loop
 
 
 def projection(pure: PureProblem, given: Given) -> Callable[[PyTree], PyTree]:

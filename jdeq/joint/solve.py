@@ -17,7 +17,7 @@ from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, purify
-from jdeq.joint.run import Given, JointRun
+from jdeq.joint.run import Given, JointRun, LoopOptions
 from jdeq.solution import Solution, constant_but_value
 
 PyTree = Any
@@ -41,6 +41,7 @@ def joint_solve(
     history: bool | Callable[[AugmentedState], PyTree] = False,
     backward_probe: Array | None = None,
     compaction: int = 0,
+    patience: int | None = None,
 ) -> Solution:
     """Minimises each problem's objective over its input, together with the equilibrium.
 
@@ -81,6 +82,9 @@ def joint_solve(
             result) of each problem's backward solve.
         compaction: number of smaller sizes that the batch may shrink to, forward and backward, as
             problems finish; see ``jdeq.deq``.
+        patience: iterations without a lower objective (by a thousandth) after which a problem
+            stops, its result ``stagnated``; None waits for the tolerance or the limit, as
+            schedules that decay over ``max_steps`` ask for.
 
     Returns:
         The ``Solution``: ``value`` an ``AugmentedState``, ``residual`` a ``KKTResidual``, ``aux`` a
@@ -98,10 +102,10 @@ def joint_solve(
         "joint_solve", "adjoint", adjoint, JointAdjoint, "jdeq.adjoints.StateImplicit()"
     )
     controls = Controls(rtol, atol, step_budget)
+    loop = LoopOptions(max_steps, history, compaction, patience)
     arguments = check_arguments(
-        "joint_solve", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
+        "joint_solve", problem, params, target, x0, z0, data, mu0, controls, loop
     )
-    _options.check_compaction("joint_solve", compaction, history)
     if backward_probe is not None:
         _options.check_probe("joint_solve", backward_probe, _tree.problem_count(arguments[3].z))
     return _joint_solve(
@@ -111,9 +115,7 @@ def joint_solve(
         problem=problem,
         method=method,
         adjoint=adjoint,
-        max_steps=max_steps,
-        history=history,
-        compaction=compaction,
+        loop=loop,
     )
 
 
@@ -127,8 +129,7 @@ def check_arguments(
     data: PyTree,
     mu0: PyTree,
     controls: Controls,
-    max_steps: int,
-    history: bool | Callable[[AugmentedState], PyTree],
+    loop: LoopOptions,
 ) -> tuple[PyTree, PyTree, tuple, AugmentedState]:
     """Refuses what can be refused before tracing.
 
@@ -142,9 +143,8 @@ def check_arguments(
         )
     _options.check_tolerance(owner, "rtol", controls.rtol)
     _options.check_tolerance(owner, "atol", controls.atol)
-    _options.check_count(owner, "max_steps", max_steps)
     _options.check_budget(owner, controls.budget)
-    _options.check_history(owner, history)
+    loop.check(owner)
     _options.check_arrays(owner, "params", params)
     count = _options.problem_count(owner, "z0", z0)
     _options.check_batch(owner, "z0", count, x0=x0, target=target, data=data)
@@ -157,10 +157,7 @@ def check_arguments(
     return params, target, rest, AugmentedState(z0, x0, mu0)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
-)
+@functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
 def _joint_solve(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,
@@ -169,15 +166,13 @@ def _joint_solve(
     problem: InputProblem,
     method: JointMethod,
     adjoint: JointAdjoint,
-    max_steps: int,
-    history: bool | Callable[[AugmentedState], PyTree],
-    compaction: int,
+    loop: LoopOptions,
 ) -> Solution:
     """One compiled program a problem, set of options and shapes, also for eager calls."""
     params, target, rest, start = arguments
     pure, theta = purify("joint_solve", problem, params, target, start.x, start.z, rest)
-    run = JointRun(pure, method, max_steps, history, compaction)
+    run = JointRun(pure, method, loop)
     given = Given(theta, target, rest)
     start = jax.lax.stop_gradient(start)
-    solution = adjoint.solve(run, pure.cell, max_steps, given, start, controls, probe)
+    solution = adjoint.solve(run, pure.cell, loop.max_steps, given, start, controls, probe)
     return constant_but_value(solution)

@@ -18,7 +18,7 @@ from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, purify
-from jdeq.joint.run import Found, Given, JointRun, projection
+from jdeq.joint.run import Found, Given, JointRun, LoopOptions, projection
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Solution
 
@@ -42,6 +42,7 @@ def input_value(
     history: bool | Callable[[AugmentedState], PyTree] = False,
     adjoint: KKTImplicit | None = None,
     compaction: int = 0,
+    patience: int | None = None,
 ) -> tuple[Array, Solution]:
     """The optimal objective ``V = l(z*, x*)`` of each problem, by a joint solve.
 
@@ -77,6 +78,7 @@ def input_value(
         history: see ``joint_solve``.
         adjoint: the KKT system's solver in second derivatives; default ``KKTImplicit()``.
         compaction: see ``joint_solve``.
+        patience: see ``joint_solve``.
 
     Returns:
         Values ``[B]``, NaN for a problem of which no evaluation was finite, and the ``Solution``,
@@ -95,26 +97,21 @@ def input_value(
         )
     _options.check_instance("input_value", "method", method, JointMethod, "jdeq.joint.Descent()")
     controls = Controls(rtol, atol, step_budget)
+    loop = LoopOptions(max_steps, history, compaction, patience)
     arguments = check_arguments(
-        "input_value", problem, params, target, x0, z0, data, mu0, controls, max_steps, history
+        "input_value", problem, params, target, x0, z0, data, mu0, controls, loop
     )
-    _options.check_compaction("input_value", compaction, history)
     return _input_value(
         arguments,
         controls,
         problem=problem,
         method=method,
         adjoint=adjoint,
-        max_steps=max_steps,
-        history=history,
-        compaction=compaction,
+        loop=loop,
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("problem", "method", "adjoint", "max_steps", "history", "compaction"),
-)
+@functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
 def _input_value(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,
@@ -122,13 +119,11 @@ def _input_value(
     problem: InputProblem,
     method: JointMethod,
     adjoint: KKTImplicit,
-    max_steps: int,
-    history: bool | Callable[[AugmentedState], PyTree],
-    compaction: int,
+    loop: LoopOptions,
 ) -> tuple[Array, Solution]:
     params, target, rest, start = arguments
     pure, theta = purify("input_value", problem, params, target, start.x, start.z, rest)
-    run = JointRun(pure, method, max_steps, history, compaction)
+    run = JointRun(pure, method, loop)
     start = jax.lax.stop_gradient(start)
     values, solution = _with_envelope(run, adjoint, Given(theta, target, rest), start, controls)
     return values, jax.lax.stop_gradient(solution)
@@ -154,7 +149,9 @@ def _with_envelope(
         values, solution = value(given, start, controls)
         # The same numbers, but they move with what is given when this rule is differentiated.
         found = (start, solution)
-        point = adjoint.solve(Found(run), pure.cell, run.max_steps, given, found, controls, None)
+        point = adjoint.solve(
+            Found(run), pure.cell, run.loop.max_steps, given, found, controls, None
+        )
         return (values, solution), (given, point.value, solution.result)
 
     def backward(saved, cotangent):

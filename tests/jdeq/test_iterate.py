@@ -147,7 +147,7 @@ def test_stagnates_only_after_many_idle_steps():
     assert solution.steps[0] == 2 + STAGNATION_STEPS
     assert solution.steps[2] == 1 + 2 * STAGNATION_STEPS
     assert solution.value[0] == 1
-    solution, _ = play(merits, max_steps=length, detect_stagnation=False)
+    solution, _ = play(merits, max_steps=length, patience=None)
     assert np.all(solution.result == Result.max_steps)
 
 
@@ -158,6 +158,22 @@ def test_slow_growth_is_divergence_not_stagnation():
     solution, _ = play(script(size, np.ones(100)), sizes=script(size, np.ones(100)), max_steps=100)
     assert solution.result.tolist() == [Result.diverged, Result.stagnated]
     assert solution.value.tolist() == [0, 0]
+
+
+def test_slow_convergence_far_from_the_start_is_no_divergence():
+    """Regression: at the rounding floor a solution 1e4 times its first iterates was `diverged`."""
+    merit = np.r_[0.8 ** np.arange(30), np.full(100, 0.8**29)]
+    size = np.r_[np.linspace(1, 1e4, 30), np.full(100, 1e4)]
+    solution, _ = play(script(merit), sizes=script(size), max_steps=130)
+    assert solution.result.tolist() == [Result.stagnated]
+    assert solution.value.tolist() == [29]
+
+
+def test_stagnation_of_a_negative_merit():
+    """Regression: any number just above a negative one used to count as an improvement."""
+    solution, _ = play(script(np.full(60, -2.0)), tolerance=-9.0, max_steps=60, patience=9)
+    assert solution.result.tolist() == [Result.stagnated]
+    assert solution.steps.tolist() == [10]
 
 
 def test_diverges_once_out_of_proportion_and_keeps_the_best():

@@ -112,6 +112,32 @@ def test_the_default_takes_the_same_steps_whatever_the_units_of_the_objective(co
         np.testing.assert_allclose(s.aux.objective, o.objective, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_patience_stops_where_the_objective_no_longer_falls(sign):
+    """And what is returned has exact residuals; the look-ahead chose it by inexact ones."""
+    o = problems.optimum()
+
+    def objective(params, z, x, target):
+        return problems.quadratic(params, z, x, target) - (sign < 0) * 1e3
+
+    problem = jdeq.InputProblem(o.problem.cell, objective)
+    s = jdeq.joint_solve(
+        problem, *o.arguments[1:], method=jdeq.joint.Descent(optax.sgd(0.1)), rtol=0.0, atol=0.0,
+        max_steps=3000, patience=20,
+    )  # fmt: skip
+    assert np.all(s.result == Result.stagnated)
+    assert np.all(s.steps < 1000)
+    W, U = o.params["W"], o.params["U"]
+    z, x, mu = s.value
+    np.testing.assert_allclose(s.aux.objective, objective(o.params, z, x, o.target), rtol=1e-12)
+    np.testing.assert_allclose(
+        s.residual.state, np.linalg.norm(z @ W.T + x @ U.T - z, axis=1), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        s.residual.adjoint, np.linalg.norm(mu @ W + z - o.target - mu, axis=1), rtol=1e-6
+    )
+
+
 def test_the_default_call_needs_no_options():
     o = problems.optimum()
     s = jdeq.joint_solve(*o.arguments)
