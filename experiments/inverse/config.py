@@ -54,7 +54,7 @@ class Config:
     checkpoint_every: int = 100
 
 
-_DIGITS = Config(generator="digits", steps=600)
+_DIGITS = Config(generator="digits", steps=400)
 
 PRESETS = {
     # python -m experiments.inverse --preset smoke
@@ -78,7 +78,9 @@ PRESETS = {
     # python -m experiments.inverse
     "digits": _DIGITS,
     # python -m experiments.inverse --preset mnist
-    "mnist": replace(_DIGITS, generator="mnist", steps=1500),
+    "mnist": replace(
+        _DIGITS, generator="mnist", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
+    ),
     # python -m experiments.inverse --preset faces
     # Not measured yet.
     "faces": replace(
