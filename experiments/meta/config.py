@@ -153,11 +153,16 @@ PRESETS: dict[str, Config] = {
         context=32,
         head="prototypes",
         fast_head=True,
-        steps=7000,
+        steps=4500,
         queries=4,
         inner_steps=10,
         learning_rate=2e-3,
         baselines=(("proto", 3000), ("maml", 500), ("fomaml", 500), ("imaml", 500)),
+        test_queries=5,
+        speed_tasks=32,
+        speed_rates=(0.03, 0.1),
+        speed_joint_steps=(10, 20),
+        speed_nested_steps=(20,),
     ),
     # python -m experiments.meta --preset omniglot-published
     # The published size, 2,345,093 parameters, and 2 million tasks. It wants a GPU, and has not

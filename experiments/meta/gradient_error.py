@@ -17,7 +17,7 @@ PyTree = Any
 
 _DIRECTIONS = 3
 _STEP = 1e-2
-_DOUBLE_RTOL = 1e-11
+_DOUBLE_RTOL = 1e-10
 _SINGLE_RTOL = 1e-5
 
 
@@ -40,7 +40,7 @@ def gradient_error(
 ) -> GradientError:
     """Derivatives of the outer loss of `tasks` along random directions and the gradient's own.
 
-    The difference quotient is central and of fourth order, of solves to a relative 1e-11.
+    The difference quotient is central and of fourth order, of solves to a relative 1e-10.
 
     Args:
         learner: The learner.

@@ -25,6 +25,7 @@ _SUPPORT_TEMPERATURE = 4.0
 _FIRST_PENALTY = 0.1  # beyond the least
 _LEAST_PENALTIES = (0.5, 0.05)  # on the context, and on the head
 _TIGHT_STEPS = 1000
+_TIGHT_CYCLES = 20  # of fifty products at most
 
 
 class Fast(NamedTuple):
@@ -202,9 +203,9 @@ class Learner:
     ) -> jdeq.Solution:
         """The solve to a tight tolerance with the exact gradient; `hold` makes x constant in it."""
         x0, z0, data = self._given(params, support, target)
-        adjoint: Any = jdeq.adjoints.KKTImplicit(rtol=rtol)
+        adjoint: Any = jdeq.adjoints.KKTImplicit(rtol=10 * rtol, max_steps=_TIGHT_CYCLES)
         if hold:
-            adjoint = jdeq.adjoints.StateImplicit(rtol=rtol)
+            adjoint = jdeq.adjoints.StateImplicit(rtol=10 * rtol)
         return jdeq.joint_solve(
             self.problem, params, target, x0, z0, data=data, adjoint=adjoint, rtol=rtol,
             atol=0.0, max_steps=_TIGHT_STEPS,
