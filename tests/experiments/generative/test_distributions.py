@@ -1,0 +1,50 @@
+"""Which sampler is chosen, and what is reported of the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.common.data import ArrayImages, ImageData, Split
+from experiments.common.frechet import frechet_distance
+from experiments.generative.distributions import Samples, compare_distributions
+
+
+class Pixels:
+    """Features that are the pixels themselves."""
+
+    def features(self, images):
+        return images.reshape(len(images), -1)
+
+    def accuracy(self, split):
+        return None
+
+
+def images(seed, centre=0.5, spread=0.1, count=60):
+    drawn = np.random.default_rng(seed).normal(centre, spread, (count, 2, 2, 1))
+    return np.clip(drawn, 0, 1).astype(np.float32)
+
+
+def samples(*arguments):
+    return Samples(None, images(*arguments))
+
+
+def test_the_sampler_nearest_to_the_training_images_is_reported_against_the_test_images():
+    train, test = images(0), images(1, 0.6)
+    data = ImageData("squares", Split(ArrayImages(train)), Split(ArrayImages(test)))
+    joint = {"near train": samples(2), "near test": samples(3, 0.6), "far": samples(4, 0.1)}
+    vae = {"prior": samples(5, 0.3), "mixture": samples(6)}
+    summary, chosen = compare_distributions(Pixels(), data, joint, vae)
+    assert chosen == summary["sampler_joint"] == "near train"
+    flat = Pixels().features
+    assert summary["frechet_joint"] == pytest.approx(
+        frechet_distance(flat(joint["near train"].images), flat(test))
+    )
+    assert summary["frechet_joint"] == summary["frechet_joint_near train"]
+    assert summary["frechet_joint_near test"] < summary["frechet_joint"]
+    assert summary["frechet_vae"] == pytest.approx(
+        frechet_distance(flat(vae["prior"].images), flat(test))
+    )
+    assert summary["frechet_train"] == pytest.approx(frechet_distance(flat(train), flat(test)))
+    assert "classifier_accuracy" not in summary
+    assert all(0 <= summary[f"{kind}_joint"] <= 1 for kind in ("precision", "recall"))
