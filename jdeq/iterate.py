@@ -112,6 +112,7 @@ class _Carry(NamedTuple):
     steps: Array
     best: PyTree
     best_residual: PyTree
+    best_step: Array  # at which the best iterate was seen
     best_merit: Array
     best_guard: Array  # guard of the best iterate
     lowest_guard: Array  # lowest guard of any iterate
@@ -278,6 +279,7 @@ def _start(
         best=start,
         best_residual=jax.tree.map(lambda r: jnp.full(r.shape, jnp.inf, r.dtype), report.residual),
         best_merit=infinite,
+        best_step=zeros - 1,
         best_guard=jnp.full((count,), jnp.inf, guard.dtype),
         lowest_guard=jnp.full((count,), jnp.inf, guard.dtype),
         usual_size=jnp.ones((count,), report.size.dtype),
@@ -327,8 +329,10 @@ def _advance(
     code = jnp.where(active, code, carry.code)
 
     spent = 1 if report.evaluations is None else report.evaluations
-    # Not to be computed anew for every entry of the iterate that they select.
-    accept, keep_going = lax.optimization_barrier((accept, code == Result.max_steps))
+    # Masks taken from what is carried are not computed anew for every entry that they select, which
+    # XLA's fusion otherwise does, barrier or not.
+    best_step = jnp.where(accept, carry.k, carry.best_step)
+    accept, keep_going = best_step == carry.k, code == Result.max_steps
     current = carry.iterate if report.refined is None else report.refined
     history = _write_history(carry, current, report, active, record)
     folded = carry.folded
@@ -346,6 +350,7 @@ def _advance(
         best=_tree.select(accept, current, carry.best),
         best_residual=_tree.select(accept, report.residual, carry.best_residual),
         best_merit=jnp.where(accept, report.merit, carry.best_merit),
+        best_step=best_step,
         best_guard=jnp.where(accept, guard, carry.best_guard),
         lowest_guard=lowest_guard,
         usual_size=usual_size,

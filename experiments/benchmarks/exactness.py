@@ -44,6 +44,9 @@ PyTree = Any
 LIMIT = 1e-6
 """Largest relative error of an exact derivative."""
 
+UNSOLVED = 1e-9
+"""A problem whose relative residual is larger is not solved."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -193,10 +196,10 @@ def measure(
     problems: dict[str, Problem], reference: dict[str, np.ndarray], solver: str, adjoint: str
 ) -> dict[str, dict[str, float | str]]:
     """Errors of all transforms for every problem, or why there is none."""
+    steps = FEW_STEPS if adjoint in OF_STEPS else MOST_STEPS
     solve = batched(
-        list(problems.values()), solver=SOLVERS[solver], adjoint=ADJOINTS[adjoint],
-        max_steps=FEW_STEPS if adjoint in OF_STEPS else MOST_STEPS,
-    )  # fmt: skip
+        list(problems.values()), solver=SOLVERS[solver], adjoint=ADJOINTS[adjoint], max_steps=steps
+    )
     loss = along(list(problems.values()), lambda params, xs: solve(params, xs).aux)
     derivatives = transforms(loss, len(problems), forward=adjoint == "ImplicitForward")
     errors: dict[str, dict[str, float | str]] = {name: {} for name in problems}
@@ -212,12 +215,10 @@ def measure(
             errors[name][transform] = relative_error(
                 got[..., i, :], reference[transform][..., i, :]
             )
-    if adjoint in OF_STEPS:
-        for name, text in unfinished(problems, solver).items():
-            errors[name] = {
-                key: error if isinstance(error, str) else text
-                for key, error in errors[name].items()
-            }
+    for name, text in unfinished(problems, solver, steps).items():
+        errors[name] = {
+            key: error if isinstance(error, str) else text for key, error in errors[name].items()
+        }
     return errors
 
 
@@ -226,20 +227,21 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
-def unfinished(problems: dict[str, Problem], solver: str) -> dict[str, str]:
-    """Which problems do not converge in few steps."""
+def unfinished(problems: dict[str, Problem], solver: str, steps: int) -> dict[str, str]:
+    """Which problems the solver does not solve: of these no derivative is claimed."""
     found = {}
     for name, problem in problems.items():
         try:
-            solution = batched([problem], solver=SOLVERS[solver], max_steps=FEW_STEPS)(
+            solution = batched([problem], solver=SOLVERS[solver], max_steps=steps)(
                 [problem.params], [problem.x]
             )
         except ValueError:
             continue
         size = sum(jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(solution.value))
         residual = float(jnp.max(solution.residual) / size)
-        if residual > 1e-9:
-            found[name] = f"unconverged: residual {residual:.0e} in {FEW_STEPS} steps"
+        if residual > UNSOLVED:
+            worst = jdeq.Result(int(jnp.max(solution.result))).name
+            found[name] = f"unconverged: {worst}, residual {residual:.0e} after {steps} steps"
     return found
 
 
