@@ -276,7 +276,8 @@ def attack(
     images, labels = np.asarray(images), np.asarray(labels)
     _check(victim, images, labels, radius)
     images, labels = images.astype(np.float32), labels.astype(np.int32)
-    best = _clean(victim, images, labels, batch_size)
+    size = min(batch_size, len(images))
+    best = _clean(victim, images, labels, size)
     fooled = np.zeros(len(images), bool)
     for restart in range(method.restarts):
         alive = np.flatnonzero(~fooled)
@@ -286,7 +287,7 @@ def attack(
         starts_random = restart > 0 or method.random_start
         found = _search(
             method, victim, images[alive], labels[alive], radius,
-            key if starts_random else None, batch_size,
+            key if starts_random else None, size,
         )  # fmt: skip
         broken = found.logits.argmax(-1) != labels[alive]
         # A first attack counts as it is, be it weaker than none: that is worth knowing.
@@ -316,7 +317,6 @@ def in_batches(size: int, function: Any, *arrays: np.ndarray) -> Any:
     The last batch is filled up by repeating its last entry, so that nothing compiles anew.
     """
     count = len(arrays[0])
-    size = min(size, count)
     parts = []
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)

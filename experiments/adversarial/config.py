@@ -77,21 +77,21 @@ class Config:
     jacobian_probes: int = 1
     solve_steps: int = 30
     joint_steps: int = 10
-    joint_rate: float = 0.5
+    joint_rate: float = 1.0
     pgd: Literal["published", "warm"] = "warm"
     pgd_steps: int = 7
     attack_steps: int = 20
-    attack_rate: float = 0.5
+    attack_rate: float = 1.0
     evaluation_images: int = 1000
     evaluation_batch: int = 250
     long_steps: int = 100
     restarts: int = 5
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (8, 12, 20)
-    speed_joint_rates: tuple[float, ...] = (0.3, 0.5, 1.0)
-    speed_nested_steps: tuple[int, ...] = (6, 10, 20)
-    speed_nested_rates: tuple[float, ...] = (0.2, 0.5, 1.0)
+    speed_joint_steps: tuple[int, ...] = (12, 16, 24)
+    speed_joint_rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    speed_nested_steps: tuple[int, ...] = (8, 14, 20)
+    speed_nested_rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
     log_every: int = 20
     checkpoint_every: int = 200
 
@@ -160,7 +160,7 @@ PRESETS = {
     "mnist-small": Config(dataset="mnist", radius=1.0, steps=2720),
     "mnist-published": _PUBLISHED,
     "cifar-small": Config(
-        dataset="cifar10", radius=0.5, steps=1600, stem=32, width=64, strides=(2, 2), ramp=0.5
+        dataset="cifar10", radius=0.5, steps=800, stem=32, width=64, strides=(2, 2), ramp=0.5
     ),
     "cifar-published": replace(_PUBLISHED, dataset="cifar10", steps=20 * 521),
 }

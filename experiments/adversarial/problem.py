@@ -104,8 +104,15 @@ class Network:
 
 def build_network(sizes: Sizes, seed: int) -> tuple[Network, PyTree]:
     """A classifier and its initial parameters."""
-    kind = ContractiveClassifier if isinstance(sizes, ContractiveConfig) else Classifier
-    graph, params = nnx.split(kind(sizes, rngs=nnx.Rngs(seed)))
+    rngs = nnx.Rngs(seed)
+    if isinstance(sizes, ContractiveConfig):
+        return split_network(ContractiveClassifier(sizes, rngs=rngs), sizes)
+    return split_network(Classifier(sizes, rngs=rngs), sizes)
+
+
+def split_network(model: nnx.Module, sizes: Sizes) -> tuple[Network, PyTree]:
+    """A module with `cell`, `head`, `initial_state` and `contract` as a network and parameters."""
+    graph, params = nnx.split(model)
 
     def cell(params: PyTree, z: PyTree, u: Array, ball: Ball) -> PyTree:
         return nnx.merge(graph, params).cell(z, ball.perturbed(u))

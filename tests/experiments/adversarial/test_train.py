@@ -1,0 +1,71 @@
+"""Training: the gradient is that of the loss at the attacked images, and only attacks differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.adversarial.config import PRESETS
+from experiments.adversarial.problem import Ball, cross_entropy
+from experiments.adversarial.train import (
+    MODELS,
+    initial_state,
+    joint_attack,
+    pgd_attack,
+    training_loss,
+    update,
+)
+
+CONFIG = replace(
+    PRESETS["smoke"], stem=4, width=6, features=12, strides=(2, 2), joint_steps=25, pgd_steps=12
+)
+RADIUS = 0.5
+
+
+def attacked(model, victim, batch):
+    """The images that a model's loss is taken at, found by the attack that it trains with."""
+    ball = Ball(batch["image"], jnp.full(len(batch["image"]), RADIUS))
+    if model == "clean":
+        return batch["image"]
+    attack = {"joint": joint_attack, "pgd": pgd_attack}[model](CONFIG)
+    return ball.perturbed(attack.search(victim, batch["label"], ball, jnp.zeros_like(ball.image)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_gradient_is_that_at_the_attacked_images(victim, images, labels, model):
+    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    found = attacked(model, victim, batch)
+
+    def loss(params):
+        return jnp.mean(cross_entropy(victim.network.predict(params, found), batch["label"]))
+
+    expected = jax.jit(jax.value_and_grad(loss))(victim.params)
+    (value, _), gradient = jax.jit(
+        jax.value_and_grad(
+            lambda params: training_loss(
+                params, CONFIG, victim.network, model, batch, jnp.float32(RADIUS), jax.random.key(0)
+            ),
+            has_aux=True,
+        )
+    )(victim.params)
+    assert float(value) == pytest.approx(float(expected[0]), rel=0.01)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):
+        scale = float(jnp.linalg.norm(other))
+        assert float(jnp.linalg.norm(one - other)) <= 0.03 * scale
+
+
+def test_a_step_keeps_the_cell_a_contraction_and_counts(victim, images, labels):
+    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    state = initial_state(CONFIG, victim.params, 0)
+    new, metrics = jax.jit(
+        lambda state, batch: update(CONFIG, victim.network, "clean", state, batch)
+    )(state, batch)
+    assert int(new.step) == 1
+    assert np.isfinite(float(metrics["loss"]))
+    contracted = victim.network.contract(new.params)
+    for one, other in zip(jax.tree.leaves(contracted), jax.tree.leaves(new.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3)
