@@ -23,7 +23,7 @@ from experiments.meta.baselines.prototypical import nearest_neighbour
 from experiments.meta.config import Config
 from experiments.meta.gradient_error import gradient_error
 from experiments.meta.problem import Learner, build_learner
-from experiments.meta.speed import measure_solves, seconds_of_steps, step_memory
+from experiments.meta.speed import measure_solves, seconds_of_steps
 from experiments.meta.tasks import TaskSource, load_tasks
 from experiments.meta.train import BaselineState, initial_state, outer_optimizer
 
@@ -34,7 +34,7 @@ _GRADIENT_QUERIES = 3
 
 
 def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summary:
-    """Test on tasks of unseen classes, check the outer gradient, and measure speed and memory.
+    """Test on tasks of unseen classes, check the outer gradient, and measure speed.
 
     Returns:
         The results; figures are written to the run directory.
@@ -60,26 +60,19 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     say("checking the outer gradient")
     few = source.testing(ways, shots, _GRADIENT_QUERIES, seed).first(_GRADIENT_TASKS)
     error = gradient_error(learner, params, few, ways, seed)
-    say("measuring speed and memory")
+    say("measuring speed")
     sampler = source.testing(ways, shots, config.test_queries, seed)
     speed = measure_solves(learner, params, sampler.first(config.speed_tasks), ways)
     batch = _training_batch(config, source, seed)
     seconds = seconds_of_steps(learner, params, batch)
-    memory = step_memory(learner, params, batch)
     figures.draw(run, learner, params, source, speed)
     return {
         **summary,
         "gradient_error_kkt": error.single,
         "gradient_error_kkt_float64": error.double,
-        "gradient_error_state": error.state,
         **speed.summary(),
         "seconds_step_joint": seconds["joint"],
         "seconds_step_nested": seconds["nested"],
-        **{
-            f"megabytes_step_{kind}_{steps}": size / 1e6
-            for kind, sizes in memory.items()
-            for steps, size in zip((10, 40), sizes, strict=True)
-        },
         "seconds_train": restored.notes["seconds"],
         "step": restored.step,
         "test_tasks": config.test_tasks,

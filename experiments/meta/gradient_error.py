@@ -27,12 +27,10 @@ class GradientError(NamedTuple):
     Attributes:
         single: Of the KKT-implicit gradient in float32.
         double: Of the KKT-implicit gradient in float64.
-        state: Of the first-order gradient, in float64.
     """
 
     single: float
     double: float
-    state: float
 
 
 def gradient_error(
@@ -55,24 +53,23 @@ def gradient_error(
         params, tasks, single = jax.tree.map(jnp.asarray, wide)
         loss = jax.jit(_tight_loss(learner, tasks, ways, _DOUBLE_RTOL))
         double = jax.jit(jax.grad(loss))(params)
-        held = jax.jit(jax.grad(_tight_loss(learner, tasks, ways, _DOUBLE_RTOL, hold=True)))(params)
         errors = []
         for direction in _directions(double, seed):
             quotient = _quotient(loss, params, direction)
-            along = [optax.tree.vdot(g, direction) for g in (single, double, held)]
+            along = [optax.tree.vdot(g, direction) for g in (single, double)]
             errors.append([float(abs(slope / quotient - 1)) for slope in along])
     return GradientError(*np.max(errors, axis=0).tolist())
 
 
-def _tight_loss(learner: Learner, tasks: Tasks, ways: int, rtol: float, hold: bool = False) -> Any:
-    """The outer loss of well-solved tasks; `hold` keeps the fast parameters constant."""
+def _tight_loss(learner: Learner, tasks: Tasks, ways: int, rtol: float) -> Any:
+    """The outer loss of well-solved tasks."""
     label, query_label = tasks.support_label, tasks.query_label
     if not learner.regression:
         label, query_label = (jnp.asarray(each, jnp.int32) for each in (label, query_label))
     target, wanted = learner.target(label, ways), learner.target(query_label, ways)
 
     def loss(params: PyTree) -> Array:
-        solution = learner.adapt_tightly(params, tasks.support, target, rtol, hold=hold)
+        solution = learner.adapt_tightly(params, tasks.support, target, rtol)
         outputs = learner.predict(params, solution.value, target, tasks.query, rtol)
         return jnp.mean(learner.losses(outputs, wanted))
 

@@ -199,13 +199,11 @@ class Learner:
         return dataclasses.replace(attached, steps=found.steps, result=found.result)
 
     def adapt_tightly(
-        self, params: PyTree, support: Array, target: Array, rtol: float, *, hold: bool = False
+        self, params: PyTree, support: Array, target: Array, rtol: float
     ) -> jdeq.Solution:
-        """The solve to a tight tolerance with the exact gradient; `hold` makes x constant in it."""
+        """The solve to a tight tolerance, with the exact gradient."""
         x0, z0, data = self._given(params, support, target)
-        adjoint: Any = jdeq.adjoints.KKTImplicit(rtol=10 * rtol, max_steps=_TIGHT_CYCLES)
-        if hold:
-            adjoint = jdeq.adjoints.StateImplicit(rtol=10 * rtol)
+        adjoint = jdeq.adjoints.KKTImplicit(rtol=10 * rtol, max_steps=_TIGHT_CYCLES)
         return jdeq.joint_solve(
             self.problem, params, target, x0, z0, data=data, adjoint=adjoint, rtol=rtol,
             atol=0.0, max_steps=_TIGHT_STEPS,

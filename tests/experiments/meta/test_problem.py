@@ -113,20 +113,20 @@ def cosine(a, b):
 
 def test_outer_gradients_agree_where_they_should(given):
     learner, params, tasks = given
-    well = {"inner_steps": 60, "outer_rtol": 1e-3, "outer_steps": 40, "inner_rtol": 0.0}
+    well = {"inner_steps": 200, "inner_step": 0.1, "inner_rtol": 0.0, "outer_rtol": 1e-3}
+    well |= {"outer_steps": 60, "query_rtol": 1e-5, "query_steps": 100}
     kkt = gradient_of(learner, params, tasks, outer_gradient="kkt", **well)
     unrolled = gradient_of(learner, params, tasks, outer_gradient="unrolled", **well)
     state = gradient_of(learner, params, tasks, outer_gradient="state", **well)
-    nested = {"inner": "nested", "nested_steps": 120, "nested_rate": 0.03}
+    nested = {"inner": "nested", "nested_steps": 150, "nested_rate": 0.03}
     at_nested = gradient_of(learner, params, tasks, outer_gradient="kkt", **well | nested)
-    assert cosine(kkt, unrolled) > 0.995
-    assert cosine(kkt, at_nested) > 0.995
-    assert jnp.linalg.norm(kkt - state) > 3 * jnp.linalg.norm(kkt - unrolled)
+    assert cosine(kkt, unrolled) > 0.999
+    assert cosine(kkt, at_nested) > 0.999
+    assert cosine(kkt, state) < 0.99
 
 
-def test_the_kkt_gradient_is_the_derivative_and_the_first_order_one_is_not(given):
+def test_the_kkt_gradient_is_the_derivative(given):
     learner, params, tasks = given
     error = gradient_error(learner, params, tasks, learner.config.ways, seed=0)
     assert error.single < 1e-2
     assert error.double < 1e-5
-    assert error.state > 1e-2
