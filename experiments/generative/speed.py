@@ -32,6 +32,21 @@ def measure_speed(
     generator: Generator, params: PyTree, data: ImageData, config: Config
 ) -> Comparison:
     """Time joint, tuned nested and published nested on test images, tuned on other test images."""
+    validation, test = speed_problems(generator, params, data, config)
+    return compare(
+        generator.problem,
+        validation=validation,
+        test=test,
+        joint=joint_candidates(config),
+        nested=nested_candidates(config),
+        published=published_candidate(optax.adam(_PUBLISHED_RATE), _PUBLISHED_STEPS),
+    )
+
+
+def speed_problems(
+    generator: Generator, params: PyTree, data: ImageData, config: Config
+) -> tuple[Problems, Problems]:
+    """Test images to tune methods on, and others to time them on."""
     count = min(config.speed_problems, 3 * len(data.test) // 4)
     images = data.test.first(count + _VALIDATION)
 
@@ -39,14 +54,7 @@ def measure_speed(
         x0, z0 = generator.start(params, len(images))
         return Problems(params, jnp.asarray(images), x0, z0)
 
-    return compare(
-        generator.problem,
-        validation=problems(images[count:]),
-        test=problems(images[:count]),
-        joint=joint_candidates(config),
-        nested=nested_candidates(config),
-        published=published_candidate(optax.adam(_PUBLISHED_RATE), _PUBLISHED_STEPS),
-    )
+    return problems(images[count:]), problems(images[:count])
 
 
 def joint_candidates(config: Config) -> list[Candidate]:
