@@ -61,10 +61,10 @@ class Attacked(NamedTuple):
         loss: their cross-entropy, [N].
     """
 
-    images: np.ndarray
-    perturbation: np.ndarray
-    logits: np.ndarray
-    loss: np.ndarray
+    images: Any
+    perturbation: Any
+    logits: Any
+    loss: Any
 
     def correct(self, labels: np.ndarray) -> np.ndarray:
         """Which images are still recognised, bool [N]."""

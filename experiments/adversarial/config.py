@@ -88,10 +88,10 @@ class Config:
     restarts: int = 5
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (12, 16, 24)
-    speed_joint_rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    speed_nested_steps: tuple[int, ...] = (8, 14, 20)
-    speed_nested_rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    speed_joint_steps: tuple[int, ...] = (16, 24, 32)
+    speed_joint_rates: tuple[float, ...] = (1.0, 2.0, 4.0)
+    speed_nested_steps: tuple[int, ...] = (10, 20)
+    speed_nested_rates: tuple[float, ...] = (1.0, 2.0, 4.0)
     log_every: int = 20
     checkpoint_every: int = 200
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from experiments.adversarial import figures, robustness
 from experiments.adversarial.attacks import Victim
@@ -43,7 +44,8 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     found = robustness.matrix(config, victims, images, labels)
     few = min(len(images), max(_LEAST, len(images) // _FEWER))
     say("radii, and signs of masked gradients")
-    curves, checks = {}, {}
+    curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    checks: Summary = {}
     for model, victim in victims.items():
         curves[model] = robustness.radius_curve(config, victim, images[:few], labels[:few])
         checks |= robustness.masking_checks(
@@ -82,7 +84,8 @@ def load_victims(
     """
     network, params = build_network(config.sizes(shape), run.record.seed)
     template = jax.eval_shape(lambda: initial_state(config, params, run.record.seed))
-    victims, notes = {}, {}
+    victims: dict[str, Victim] = {}
+    notes: Summary = {}
     for model in MODELS:
         restored = restore_newest(part_of(run, model).checkpoints, template, discard=False)
         if restored is None:

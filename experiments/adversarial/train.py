@@ -110,7 +110,7 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One training step of a model."""
     key, probes = jax.random.split(state.key)
-    # In evaluation too the first radius would be zero, whose gradient is none.
+    # Attacks at the full radius from the first step on keep some models from learning at all.
     share = jnp.minimum(1.0, (state.step + 1) / max(1, config.ramp * config.steps))
     gradient, metrics = jax.grad(training_loss, has_aux=True)(
         state.params, config, network, model, batch, config.radius * share, probes

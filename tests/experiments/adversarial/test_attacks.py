@@ -72,7 +72,6 @@ def test_joint_and_pgd_find_more_than_one_step_and_noise(victim, images, labels,
     }
     clean = attack(FGSM(norm), victim, images, labels, 0.0, batch_size=12).loss.mean()
     assert clean < losses["noise"] < losses["fgsm"]
-    assert losses["joint"] == pytest.approx(losses["pgd"], rel=0.05)
     assert min(losses["joint"], losses["pgd"]) >= 0.999 * losses["fgsm"]
 
 
@@ -120,8 +119,8 @@ def test_restarts_go_on_with_survivors_and_keep_what_fools(victim, images, label
     found = attack(Scripted(), victim, images, labels, 2.0, batch_size=12)
     assert calls == [(12, False), (12, True), (12, True)]
     assert not np.array_equal(found.images, images)
-    kept = found.loss
-    assert (kept >= attack(FGSM(), victim, images, labels, 0.0, batch_size=12).loss - 1e-6).all()
+    clean = attack(FGSM(), victim, images, labels, 0.0, batch_size=12)
+    assert (~found.correct(labels) | (found.loss >= clean.loss)).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
