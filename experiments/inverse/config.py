@@ -76,8 +76,11 @@ PRESETS = {
         checkpoint_every=10,
     ),
     # python -m experiments.inverse
+    # Ten minutes on one CPU core, four of them the generator's and the autoencoder's training:
+    # denoising at 0.2 and 0.4 restores to 19.5 and 15.8 dB, the hidden box to 15.9 dB.
     "digits": _DIGITS,
     # python -m experiments.inverse --preset mnist
+    # Not measured yet.
     "mnist": replace(
         _DIGITS, generator="mnist", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
     ),
