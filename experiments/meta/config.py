@@ -120,6 +120,7 @@ _SINUSOID = Config(
     speed_tasks=256,
     speed_rates=(0.03, 0.1, 0.3),
     speed_joint_steps=(20, 40, 80),
+    speed_nested_steps=(20, 40, 80),
 )
 
 PRESETS: dict[str, Config] = {
@@ -144,8 +145,12 @@ PRESETS: dict[str, Config] = {
         checkpoint_every=20,
     ),
     # python -m experiments.meta
+    # The joint learner trains in a minute on a CPU core, the baselines in two more: squared error
+    # 0.65 from ten examples, where MAML has 0.93.
     "sinusoid": _SINUSOID,
     # python -m experiments.meta --preset omniglot-small
+    # Ten to twenty minutes on a CPU core: 97.0 % 5-way 1-shot, 88.1 % 20-way 1-shot, still rising
+    # when it ends. The baselines have not been trained yet.
     "omniglot-small": Config(
         dataset="omniglot",
         network="compact",

@@ -86,9 +86,9 @@ def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_
     )
 
 
-def test_mistakes_are_one_sentence(tiny, tmp_path, capsys):
+def test_mistakes_are_one_sentence(tiny, tmp_path, monkeypatch, capsys):
     message = fail(capsys, "--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "a")
     assert "omniglot/images_background.zip was not found" in message
-    write_zip(tmp_path, "omniglot_resized", drawings(0, {"Greek": 1}, 28))
+    write_zip(tmp_path, "omniglot_resized", drawings(0, {"Greek": 1, "Angelic": 3}, 28))
     message = fail(capsys, "--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "b")
-    assert "3-way tasks need 3 characters" in message
+    assert "5-way tasks need 5 characters and there are 4" in message
