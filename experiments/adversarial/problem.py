@@ -55,7 +55,7 @@ class Ball(NamedTuple):
 
     def nearest(self, perturbation: Array, norm: Norm) -> Array:
         """The nearest perturbation in the set, in units of pixels."""
-        project = {"l2": l2_ball_in_box, "linf": linf_ball_in_box}[norm]
+        project = l2_ball_in_box if norm == "l2" else linf_ball_in_box
         return project(perturbation, self.radius, -self.image, 1 - self.image)
 
 
@@ -72,7 +72,7 @@ class Network:
 
     graph: nnx.GraphDef
     sizes: Sizes
-    problems: dict[str, jdeq.InputProblem]
+    problems: dict[Norm, jdeq.InputProblem]
 
     def start(self, params: PyTree, count: int) -> PyTree:
         """The state of zeros from which solves start."""
@@ -110,7 +110,9 @@ def build_network(sizes: Sizes, seed: int) -> tuple[Network, PyTree]:
     return split_network(Classifier(sizes, rngs=rngs), sizes)
 
 
-def split_network(model: nnx.Module, sizes: Sizes) -> tuple[Network, PyTree]:
+def split_network(
+    model: Classifier | ContractiveClassifier, sizes: Sizes
+) -> tuple[Network, PyTree]:
     """A module with `cell`, `head`, `initial_state` and `contract` as a network and parameters."""
     graph, params = nnx.split(model)
 
