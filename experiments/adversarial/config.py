@@ -156,9 +156,16 @@ PRESETS = {
         log_every=10,
         checkpoint_every=20,
     ),
+    # python -m experiments.adversarial
+    # Not measured yet.
     "digits": _DIGITS,
+    # python -m experiments.adversarial --preset mnist-small
+    # 15 minutes of processor time for the three trainings, 12 for the evaluation. Joint-trained:
+    # 98.7 % clean, 91.3 % under PGD-100 with 5 restarts; clean-trained 98.7 and 33.8 %.
     "mnist-small": Config(dataset="mnist", radius=1.0, steps=2720),
+    # The published sizes want a GPU; not measured yet.
     "mnist-published": _PUBLISHED,
+    # Not measured yet.
     "cifar-small": Config(
         dataset="cifar10", radius=0.5, steps=800, stem=32, width=64, strides=(2, 2), ramp=0.5
     ),

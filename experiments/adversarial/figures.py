@@ -29,7 +29,7 @@ def attacked_images(path: Path, config: Config, images: np.ndarray, found: Matri
     plots.image_rows(
         path,
         rows,
-        f"Joint attacks, {config.norm} radius {config.radius:g}, and what each model sees",
+        f"Joint attacks, {config.norm} radius {config.radius:g}, and how models read them",
     )
 
 
