@@ -76,7 +76,9 @@ def test_maml_differentiates_through_its_steps_and_first_order_does_not():
     assert abs(first_order / quotient - 1) > 1e-2
 
 
-def test_imaml_is_the_derivative_of_its_minimiser():
+def test_imaml_is_the_derivative_of_its_minimiser(monkeypatch):
+    # A minimum may lie on a kink, where it has no derivative.
+    monkeypatch.setattr(jax.nn, "relu", jnp.tanh)
     graph, _ = nnx.split(Classifier(Body((5,), rngs=nnx.Rngs(0))))
     solved = imaml(graph, _cross_entropy, steps=600, cg_steps=60)
 
