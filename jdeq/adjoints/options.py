@@ -24,6 +24,8 @@ class BackwardOptions:
         atol: its absolute tolerance, at least 0, as a fraction of the norm of the right-hand side,
             so that a small loss is differentiated as precisely as a large one.
         max_steps: its step limit, at least 1; None is the forward one, the step budget included.
+            The first step measures the start, which is the right-hand side: with a limit of 1 no
+            equation is solved, and one cycle of ``GMRES()`` takes 2.
 
     Raises:
         TypeError: if ``solver`` is not a solver.
