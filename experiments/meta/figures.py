@@ -105,7 +105,8 @@ def _fits(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSourc
 
 def _task(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSource) -> None:
     """Support, and queries beside the support image of the class that they are taken for."""
-    ways = _SHOWN_WAYS
+    assert source.test is not None
+    ways = min(_SHOWN_WAYS, len(source.test))
     tasks = source.testing(ways, 1, _SHOWN_QUERIES, run.record.seed).first(1)
     target = learner.target(jnp.asarray(tasks.support_label), ways)
     made = jax.jit(learner_outputs(learner))(params, tasks.support, target, tasks.query)

@@ -50,9 +50,16 @@ class BaselineState(NamedTuple):
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
-    """Train the learner to the last step, then the baselines, from the newest checkpoints."""
+    """Train the learner to the last step, then the baselines, from the newest checkpoints.
+
+    Raises:
+        UserError: The data is missing or damaged, or has too few characters or images for the
+            tasks of the training or of the evaluation.
+    """
     source = load_tasks(config, data_root)
     seed = run.record.seed
+    for ways, shots in config.settings:
+        source.testing(ways, shots, config.test_queries, seed)
     learner, params = build_learner(config, source.shape, config.ways, seed)
     fit(
         meta_step(learner),

@@ -87,8 +87,14 @@ def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_
 
 
 def test_mistakes_are_one_sentence(tiny, tmp_path, monkeypatch, capsys):
+    of_three_ways = TASK.presets["tiny"]
     message = fail(capsys, "--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "a")
     assert "omniglot/images_background.zip was not found" in message
     write_zip(tmp_path, "omniglot_resized", drawings(0, {"Greek": 1, "Angelic": 3}, 28))
-    message = fail(capsys, "--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "b")
-    assert "5-way tasks need 5 characters and there are 4" in message
+    for changes, says in (
+        ({"ways": 5}, "5-way tasks need 5 characters and there are 4"),
+        ({"settings": ((4, 1),)}, "4-way tasks need 4 characters and there are 3"),
+    ):
+        monkeypatch.setitem(TASK.presets, "tiny", replace(of_three_ways, **changes))
+        place = ("--data-root", tmp_path, "--run-dir", tmp_path / says[:1])
+        assert says in fail(capsys, "--preset", "tiny", *place)

@@ -114,15 +114,15 @@ def cosine(a, b):
 def test_outer_gradients_agree_where_they_should(given):
     learner, params, tasks = given
     # Not more steps: Adam, unrolled, amplifies the rounding errors of gradients that have vanished.
-    well = {"inner_steps": 60, "inner_step": 0.1, "inner_rtol": 0.0, "outer_rtol": 1e-3}
+    well = {"inner_steps": 120, "inner_step": 0.1, "inner_rtol": 0.0, "outer_rtol": 1e-4}
     well |= {"outer_steps": 60, "query_rtol": 1e-5, "query_steps": 100}
     kkt = gradient_of(learner, params, tasks, outer_gradient="kkt", **well)
     unrolled = gradient_of(learner, params, tasks, outer_gradient="unrolled", **well)
     state = gradient_of(learner, params, tasks, outer_gradient="state", **well)
-    nested = {"inner": "nested", "nested_steps": 150, "nested_rate": 0.03}
+    nested = {"inner": "nested", "nested_steps": 600, "nested_rate": 0.05}
     at_nested = gradient_of(learner, params, tasks, outer_gradient="kkt", **well | nested)
-    assert cosine(kkt, unrolled) > 0.98
-    assert cosine(kkt, at_nested) > 0.98
+    assert cosine(kkt, unrolled) > 0.999
+    assert cosine(kkt, at_nested) > 0.999
     assert cosine(kkt, state) < 0.99
 
 
