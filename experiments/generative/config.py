@@ -103,8 +103,8 @@ _DIGITS = Config(
     generator="dense",
     latent_dim=16,
     steps=2000,
-    vae_steps=3000,
-    nested_steps=350,
+    vae_steps=2400,
+    nested_steps=300,
     speed_relaxations=(1.6,),
 )
 
