@@ -23,6 +23,7 @@ import optax
 from jax import Array
 
 import jdeq
+from experiments.adversarial.checks import check_images
 from experiments.adversarial.problem import Ball, Network, Norm, cross_entropy
 from jdeq.joint import InnerSolve
 
@@ -274,7 +275,7 @@ def attack(
         ValueError: if images, labels or radius are not as described.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    _check(victim, images, labels, radius)
+    check_images(victim.network.sizes, images, labels, radius)
     images, labels = images.astype(np.float32), labels.astype(np.int32)
     size = min(batch_size, len(images))
     best = _clean(victim, images, labels, size)
@@ -391,38 +392,3 @@ def _descent(norm: Norm, rate: float, steps: int) -> jdeq.joint.Descent:
     return jdeq.joint.Descent(
         optax.chain(_directions(norm), optax.scale_by_learning_rate(schedule))
     )
-
-
-def _check(victim: Victim, images: np.ndarray, labels: np.ndarray, radius: float) -> None:
-    sizes = victim.network.sizes
-    if images.ndim != 4 or images.shape[1:] != sizes.image_shape or len(images) == 0:
-        height, width, channels = sizes.image_shape
-        raise ValueError(
-            f"images have shape {images.shape}, but the model takes [N, {height}, {width}, "
-            f"{channels}] with at least one image; reshape or resize them."
-        )
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            f"images are of type {images.dtype}, but floating-point pixels in [0, 1] are expected; "
-            "divide 8-bit pixels by 255."
-        )
-    if np.isnan(images).any():
-        count = int(np.isnan(images).any(axis=(1, 2, 3)).sum())
-        raise ValueError(f"{count} of {len(images)} images have NaN pixels; leave them out.")
-    if images.min() < 0 or images.max() > 1:
-        raise ValueError(
-            f"pixels lie between {images.min():g} and {images.max():g}, but the box is [0, 1]; "
-            "rescale the images."
-        )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels are {labels.dtype}{list(labels.shape)}, but one integer for each of the "
-            f"{len(images)} images is expected."
-        )
-    if labels.min() < 0 or labels.max() >= sizes.classes:
-        raise ValueError(
-            f"labels lie between {labels.min()} and {labels.max()}, but the model has the classes "
-            f"0 to {sizes.classes - 1}."
-        )
-    if not (np.isfinite(radius) and radius >= 0):
-        raise ValueError(f"radius={radius!r} was given, but a number of at least 0 is expected.")

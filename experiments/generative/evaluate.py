@@ -16,6 +16,7 @@ from experiments.common.devices import device_name
 from experiments.common.errors import UserError
 from experiments.common.metrics import psnr
 from experiments.common.runs import RunDirectory
+from experiments.common.speed_figure import objective_over_time
 from experiments.common.terminal import say
 from experiments.generative import figures
 from experiments.generative.classifier import load_classifier
@@ -64,7 +65,7 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     figures.nearest(run.figures / "nearest.png", joint[chosen], data)
     say("measuring speed")
     speed = measure_speed(generator, params, data, config)
-    figures.objectives(run.figures / "objective.png", speed)
+    objective_over_time(run.figures / "objective.png", speed, "Inner objective", "test images")
     figures.residuals(run.figures / "residuals.png", generator, params, data, config)
     return {
         **reconstruction,

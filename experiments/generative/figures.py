@@ -10,7 +10,6 @@ import numpy as np
 
 from experiments.common import plots
 from experiments.common.data import ImageData
-from experiments.common.speed import Comparison
 from experiments.generative.config import Config
 from experiments.generative.distributions import Samples, generate
 from experiments.generative.inference import solve
@@ -22,7 +21,6 @@ SHOWN = 12  # images a row
 _ROWS = 5
 NEEDED = SHOWN * _ROWS  # samples
 _SEARCHED = 10_000  # training images that the nearest one is looked for among, at most
-_SMALLEST_GAP = 1e-5  # the noise of float32 in the objective
 
 
 def samples(path: Path, drawn: Samples, title: str) -> None:
@@ -59,23 +57,6 @@ def interpolation(
         generate(generator, params, lines).images,
         SHOWN,
         f"{data.name}: between the latents of two test images",
-    )
-
-
-def objectives(path: Path, speed: Comparison) -> None:
-    """The inner objective over time, for the three methods."""
-    labels = {"joint": "joint", "nested": "nested, tuned", "published": "nested, published"}
-    curves = {
-        labels[kind]: plots.Curve.quartiles(1e3 * seconds, np.maximum(gap, _SMALLEST_GAP))
-        for kind, (seconds, gap) in speed.gaps().items()
-    }
-    plots.curves(
-        path,
-        [curves],
-        titles=["Inner objective (median and quartiles over test images)"],
-        xlabels=[f"time of {len(speed.joint.reached)} problems together [ms]"],
-        ylabels=["(objective - best) / (first - best)"],
-        log_x=True,
     )
 
 

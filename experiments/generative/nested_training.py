@@ -7,7 +7,6 @@ the joint training does.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax import Array
 
 import jdeq
 from experiments.common.data import ImageData, Split, batches
+from experiments.common.optimisers import cosine_adam
 from experiments.common.runs import RunDirectory
 from experiments.common.training import Metrics, Schedule, fit
 from experiments.generative.config import Config
@@ -34,7 +34,6 @@ from experiments.generative.problem import (
 PyTree = Any
 
 PART = "nested"
-_LAST_STEP = 0.02  # share of the first step on x that is left at the end
 
 
 class NestedState(NamedTuple):
@@ -119,13 +118,6 @@ def solve_nested(
         optimizer=cosine_adam(rate, steps),
         max_steps=steps,
     )
-
-
-@cache
-def cosine_adam(rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam with the short memory that suits tens of steps; cached: optax compares by identity."""
-    schedule = optax.cosine_decay_schedule(rate, steps, _LAST_STEP)
-    return optax.adam(schedule, b1=0.5, b2=0.9, eps=1e-20)
 
 
 def nested_error(generator: Generator, params: PyTree, split: Split, config: Config) -> np.ndarray:

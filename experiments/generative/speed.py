@@ -9,6 +9,7 @@ import optax
 
 import jdeq
 from experiments.common.data import ImageData
+from experiments.common.optimisers import cosine_adam
 from experiments.common.speed import (
     Candidate,
     Comparison,
@@ -63,7 +64,7 @@ def joint_candidates(config: Config) -> list[Candidate]:
         joint_candidate(
             f"Adam, cosine over {steps}, relaxation {relaxation:g}",
             jdeq.joint.Descent(
-                _cosine_adam(steps), state_relaxation=relaxation, adjoint_relaxation=relaxation
+                cosine_adam(1.0, steps), state_relaxation=relaxation, adjoint_relaxation=relaxation
             ),
             steps,
             config.speed_joint_rates,
@@ -78,12 +79,7 @@ def nested_candidates(config: Config) -> list[Candidate]:
     rates, lengths = config.speed_nested_rates, config.speed_nested_steps
     usual = nested_candidate("Adam", optax.adam(1.0), max(lengths), rates)
     decayed = [
-        nested_candidate(f"Adam, cosine over {steps}", _cosine_adam(steps), steps, rates)
+        nested_candidate(f"Adam, cosine over {steps}", cosine_adam(1.0, steps), steps, rates)
         for steps in lengths
     ]
     return [usual, *decayed]
-
-
-def _cosine_adam(steps: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(1.0, steps, 0.02)
-    return optax.adam(schedule, b1=0.5, b2=0.9, eps=1e-20)

@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 
 import jdeq
+from experiments.common.optimisers import cosine_adam
 from experiments.common.scaling import scale_problem, scale_start
-from experiments.generative.nested_training import cosine_adam
 from experiments.generative.problem import Generator
 from experiments.inverse.measurements import Measurement
 from experiments.inverse.problem import Parameters, inverse_problem

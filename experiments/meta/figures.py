@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from experiments.common import plots
 from experiments.common.runs import RunDirectory, read_metrics
 from experiments.common.speed import Comparison
+from experiments.common.speed_figure import objective_over_time
 from experiments.meta.accuracy import learner_outputs
 from experiments.meta.problem import Learner
 from experiments.meta.tasks import TaskSource
@@ -22,7 +22,6 @@ _FITS = 3
 _POINTS = 100
 _SHOWN_WAYS = 5
 _SHOWN_QUERIES = 4
-_SMALLEST_GAP = 1e-5  # the noise of float32 in the objective
 
 
 def draw(
@@ -30,7 +29,7 @@ def draw(
 ) -> None:
     """Write all figures."""
     _training(run)
-    _objectives(run.figures / "objective.png", speed)
+    objective_over_time(run.figures / "objective.png", speed, "Support objective", "test tasks")
     if learner.regression:
         _fits(run, learner, params, source)
     elif len(source.shape) == 3:
@@ -64,22 +63,6 @@ def _smoothed(values: np.ndarray, width: int = 10) -> np.ndarray:
     last = np.arange(1, len(sums))
     first = np.maximum(last - width, 0)
     return (sums[last] - sums[first]) / (last - first)
-
-
-def _objectives(path: Path, speed: Comparison) -> None:
-    labels = {"joint": "joint", "nested": "nested, tuned", "published": "nested, published"}
-    curves = {
-        labels[kind]: plots.Curve.quartiles(1e3 * seconds, np.maximum(gap, _SMALLEST_GAP))
-        for kind, (seconds, gap) in speed.gaps().items()
-    }
-    plots.curves(
-        path,
-        [curves],
-        titles=["Support objective (median and quartiles over test tasks)"],
-        xlabels=[f"time of {len(speed.joint.reached)} tasks together [ms]"],
-        ylabels=["(objective - best) / (first - best)"],
-        log_x=True,
-    )
 
 
 def _fits(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSource) -> None:

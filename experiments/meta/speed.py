@@ -13,6 +13,7 @@ import optax
 
 import jdeq
 from experiments.common.data.tasks import Tasks
+from experiments.common.optimisers import cosine_adam
 from experiments.common.speed import (
     Candidate,
     Comparison,
@@ -29,7 +30,6 @@ PyTree = Any
 
 _PUBLISHED_STEPS = 20
 _PUBLISHED_RATE = 0.1
-_LAST_STEP = 0.02
 _REPEATS = 5
 
 
@@ -65,7 +65,7 @@ def _joint_candidates(learner: Learner) -> list[Candidate]:
     return [
         joint_candidate(
             f"Adam, cosine over {steps}",
-            jdeq.joint.Descent(_cosine_adam(steps)),
+            jdeq.joint.Descent(cosine_adam(1.0, steps)),
             steps,
             config.speed_rates,
         )
@@ -80,16 +80,11 @@ def _nested_candidates(learner: Learner) -> list[Candidate]:
     )
     decayed = [
         nested_candidate(
-            f"Adam, cosine over {steps}", _cosine_adam(steps), steps, config.speed_rates
+            f"Adam, cosine over {steps}", cosine_adam(1.0, steps), steps, config.speed_rates
         )
         for steps in config.speed_nested_steps
     ]
     return [usual, *decayed]
-
-
-def _cosine_adam(steps: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(1.0, steps, _LAST_STEP)
-    return optax.adam(schedule, b1=0.5, b2=0.9, eps=1e-20)
 
 
 def seconds_of_steps(learner: Learner, params: PyTree, tasks: Tasks) -> dict[str, float]:

@@ -32,7 +32,7 @@ def test_it_contracts_after_any_change_of_its_weights():
     assert float(distance) <= 0.95 * float(jnp.linalg.norm(a - b))
     kernel = model.recurrent.kernel[...]
     model.contract()
-    np.testing.assert_allclose(model.recurrent.kernel[...], kernel, rtol=1e-4)
+    np.testing.assert_allclose(model.recurrent.kernel[...], kernel, rtol=1e-5)
 
 
 def test_shapes_follow_the_strides():

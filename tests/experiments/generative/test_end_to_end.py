@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,12 +15,12 @@ import numpy as np
 import pytest
 
 from experiments.common.checkpoints import restore_newest
-from experiments.common.cli import main
 from experiments.common.runs import open_run, read_metrics, start_run
 from experiments.generative.__main__ import TASK
 from experiments.generative.config import Config
 from experiments.generative.problem import build_generator
 from experiments.generative.train import initial_state
+from tests.experiments.common import commands
 from tests.experiments.common.data import writers
 
 ROOT = Path(__file__).parents[3]
@@ -43,18 +44,7 @@ NUMBERS = (
 )
 
 
-def run(*arguments):
-    main(TASK, [str(argument) for argument in arguments])
-
-
-def fail(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code == 1
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
+run, fail = partial(commands.run, TASK), partial(commands.fail, TASK)
 
 
 @pytest.fixture(scope="module")

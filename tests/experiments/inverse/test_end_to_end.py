@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 
-from experiments.common.cli import main
 from experiments.common.runs import read_metrics
 from experiments.inverse.__main__ import TASK
 from experiments.inverse.measurements import KINDS
+from tests.experiments.common import commands
 
 METHODS = ("", "_vae", "_nested", "_nested_longest", "_unconditional", "_classical")
 
 
-def run(*arguments):
-    main(TASK, [str(argument) for argument in arguments])
-
-
-def fail(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code == 1
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
+run, fail = partial(commands.run, TASK), partial(commands.fail, TASK)
 
 
 @pytest.fixture(scope="module")

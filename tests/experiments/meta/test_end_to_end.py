@@ -5,30 +5,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from experiments.common.cli import main
 from experiments.common.runs import read_metrics
 from experiments.meta.__main__ import TASK
 from experiments.meta.config import PRESETS
+from tests.experiments.common import commands
 from tests.experiments.common.data.test_omniglot import drawings, write_folder, write_zip
 
 SPEED = ("seconds_step_joint", "seconds_step_nested", "speedup_nested", "gradient_error_kkt")
 
 
-def run(*arguments):
-    main(TASK, [str(argument) for argument in arguments])
-
-
-def fail(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code == 1
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
+run, fail = partial(commands.run, TASK), partial(commands.fail, TASK)
 
 
 @pytest.mark.slow
