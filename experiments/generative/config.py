@@ -20,6 +20,8 @@ class Config:
         hidden: Width of the dense generator's state.
         decoder_hidden: Width of its decoder's hidden layer.
         contraction: Bound on the spectral norm of the dense cell's recurrent kernel.
+        state_dtype: Of equilibrium states and adjoints, and of the products with them. Parameters,
+            optimisers, latents, norms, residuals and objectives are float32 with either.
         channels: Channels of the multiscale generator's branches, finest first.
         latent_dim: Dimension of the latent code x.
         steps: Training steps.
@@ -66,6 +68,7 @@ class Config:
     hidden: int = 512
     decoder_hidden: int = 512
     contraction: float = 0.9
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     channels: tuple[int, ...] = ()
     batch_size: int = 64
     learning_rate: float = 1e-3

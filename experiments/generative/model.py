@@ -62,6 +62,7 @@ class DenseGenerator(nnx.Module):
         contraction: float,
         rngs: nnx.Rngs,
         mean_image: Array | None = None,
+        state_dtype: Any = jnp.float32,
     ):
         """Initial parameters.
 
@@ -75,21 +76,29 @@ class DenseGenerator(nnx.Module):
             mean_image: what to decode at first, ``image_shape`` in [0, 1]; None is mid-grey.
                 Backgrounds are far from grey, and Adam takes thousands of steps to move a bias
                 that far.
+            state_dtype: of states, and of the products with them; parameters, x and what it adds to
+                the cell, and images are float32.
         """
         self.image_shape = image_shape
         self.latent_dim = latent_dim
         self.hidden = hidden
         self.contraction = contraction
-        self.recurrent = nnx.Linear(hidden, hidden, kernel_init=_USUAL, rngs=rngs)
+        self.state_dtype = state_dtype
+        self.recurrent = nnx.Linear(
+            hidden, hidden, kernel_init=_USUAL, dtype=state_dtype, rngs=rngs
+        )
         self.injection = nnx.Linear(
             latent_dim, hidden, use_bias=False, kernel_init=_USUAL, rngs=rngs
         )
-        self.features = nnx.Linear(hidden, decoder_hidden, kernel_init=_USUAL, rngs=rngs)
+        self.features = nnx.Linear(
+            hidden, decoder_hidden, kernel_init=_USUAL, dtype=state_dtype, rngs=rngs
+        )
         self.pixels = nnx.Linear(
             decoder_hidden,
             math.prod(image_shape),
             kernel_init=_USUAL,
             bias_init=_starting_at(mean_image),
+            dtype=state_dtype,
             rngs=rngs,
         )
         self.contract()
@@ -109,16 +118,16 @@ class DenseGenerator(nnx.Module):
         Returns:
             The next state, ``[B, hidden]``, entries in (-1, 1).
         """
-        return jnp.tanh(self.recurrent(z) + self.injection(x))
+        return jnp.tanh(self.recurrent(z) + self.injection(x)).astype(z.dtype)
 
     def decode(self, z: Array) -> Array:
         """Images ``[B, H, W, C]`` in [0, 1] of states ``[B, hidden]``."""
-        pixels = jax.nn.sigmoid(self.pixels(jax.nn.silu(self.features(z))))
-        return pixels.reshape(-1, *self.image_shape)
+        logits = self.pixels(jax.nn.silu(self.features(z))).astype(jnp.float32)
+        return jax.nn.sigmoid(logits).reshape(-1, *self.image_shape)
 
     def initial_state(self, batch: int) -> Array:
         """Zeros ``[batch, hidden]``."""
-        return jnp.zeros((batch, self.hidden))
+        return jnp.zeros((batch, self.hidden), self.state_dtype)
 
 
 class MultiscaleGenerator(nnx.Module):
@@ -146,6 +155,7 @@ class MultiscaleGenerator(nnx.Module):
         output_width: int = 32,
         precision: Precision = None,
         rngs: nnx.Rngs,
+        state_dtype: Any = jnp.float32,
     ):
         """Initial parameters.
 
@@ -156,9 +166,12 @@ class MultiscaleGenerator(nnx.Module):
             output_width: channels before the image, divisible by 4.
             precision: of the convolutions' products, see `jdeq.nn.conv2d`.
             rngs: source of the parameters' keys.
+            state_dtype: of states, and of the convolutions; parameters, x and what it adds to the
+                cell, the normalisations' statistics and images are float32.
         """
         self.image_shape = image_shape
         self.latent_dim = latent_dim
+        self.state_dtype = state_dtype
         shared: dict[str, Any] = {"precision": precision, "rngs": rngs}
         self.multiscale = MultiscaleCell(channels, state_scale=0.5, **shared)
         shapes = self.multiscale.shapes(1, image_shape[:2])
@@ -179,7 +192,7 @@ class MultiscaleGenerator(nnx.Module):
             The next state, of the same shapes.
         """
         parts = [
-            linear(x).reshape(branch.shape)
+            linear(x).reshape(branch.shape).astype(branch.dtype)
             for linear, branch in zip(self.injections, z, strict=True)
         ]
         return self.multiscale(z, parts)
@@ -189,12 +202,13 @@ class MultiscaleGenerator(nnx.Module):
 
     def decode(self, z: State) -> Array:
         """Images `[B, H, W, C]` in [0, 1] of states."""
-        return (1 + jnp.tanh(self.output(z))) / 2
+        return (1 + jnp.tanh(self.output(z).astype(jnp.float32))) / 2
 
     def initial_state(self, batch: int) -> State:
         """Zeros, one `[batch, H_i, W_i, C_i]` a branch."""
         return tuple(
-            jnp.zeros(shape) for shape in self.multiscale.shapes(batch, self.image_shape[:2])
+            jnp.zeros(shape, self.state_dtype)
+            for shape in self.multiscale.shapes(batch, self.image_shape[:2])
         )
 
 
@@ -238,7 +252,10 @@ class ImageOutput(nnx.Module):
         kernels = jnp.split(self.mix.effective_kernel(), ends[:-1], axis=2)
         _, height, width, _ = z[0].shape
         parts = [
-            bilinear_upsample(conv2d(branch, kernel, precision=self.mix.precision), (height, width))
+            bilinear_upsample(
+                conv2d(branch, kernel.astype(branch.dtype), precision=self.mix.precision),
+                (height, width),
+            )
             for branch, kernel in zip(z, kernels, strict=True)
         ]
         return self.mix.add_bias(sum(parts[1:], parts[0]))

@@ -74,7 +74,7 @@ def build_generator(
         seed: Of the initial parameters.
         mean_image: What a dense generator decodes at first, in [0, 1]; None is mid-grey.
     """
-    rngs = nnx.Rngs(seed)
+    rngs, state_dtype = nnx.Rngs(seed), jnp.dtype(config.state_dtype)
     model: DenseGenerator | MultiscaleGenerator
     if config.generator == "dense":
         model = DenseGenerator(
@@ -85,10 +85,15 @@ def build_generator(
             contraction=config.contraction,
             rngs=rngs,
             mean_image=mean_image,
+            state_dtype=state_dtype,
         )
     else:
         model = MultiscaleGenerator(
-            image_shape, latent_dim=config.latent_dim, channels=config.channels, rngs=rngs
+            image_shape,
+            latent_dim=config.latent_dim,
+            channels=config.channels,
+            rngs=rngs,
+            state_dtype=state_dtype,
         )
     graph, params = nnx.split(model)
 
