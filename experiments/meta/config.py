@@ -32,6 +32,7 @@ class Config:
         shots: Support examples a class in training; of a sinusoid, all support examples.
         queries: Query examples a class in training; of a sinusoid, all query examples.
         tasks: Tasks a training step.
+        distort: Whether training's classes and images undergo random affine maps.
         inner: Fast parameters from the joint or from the nested solve in training.
         inner_steps: Iterations of the joint solve in training.
         inner_step: First step of Adam on x in it; it falls along a cosine.
@@ -73,6 +74,7 @@ class Config:
     shots: int = 1
     queries: int = 5
     tasks: int = 1
+    distort: bool = False
     inner: Literal["joint", "nested"] = "joint"
     inner_steps: int = 12
     inner_step: float = 0.05
@@ -158,11 +160,13 @@ PRESETS: dict[str, Config] = {
         context=32,
         head="prototypes",
         fast_head=True,
-        steps=4500,
+        steps=8000,
         queries=4,
+        distort=True,
         inner_steps=10,
+        inner_step=0.006,
         learning_rate=2e-3,
-        baselines=(("proto", 3000), ("maml", 500), ("fomaml", 500), ("imaml", 500)),
+        baselines=(("proto", 8000), ("maml", 1500), ("fomaml", 1500), ("imaml", 1500)),
         test_queries=5,
         speed_tasks=32,
         speed_rates=(0.03, 0.1),

@@ -14,6 +14,7 @@ from experiments.common.data.location import missing
 from experiments.common.data.omniglot import load_omniglot
 from experiments.common.data.tasks import Characters, TaskSampler
 from experiments.meta.config import Config
+from experiments.meta.distortion import DistortedSampler
 from experiments.meta.sinusoid import SinusoidSampler
 
 Sampler = TaskSampler | SinusoidSampler
@@ -45,7 +46,8 @@ class TaskSource:
         if len(self.train) == 0:
             assert self.root is not None
             raise missing("omniglot", "omniglot/images_background.zip", self.root)
-        sampler = TaskSampler(self.train, config.ways, config.shots, config.queries, seed)
+        kind = DistortedSampler if config.distort else TaskSampler
+        sampler = kind(self.train, config.ways, config.shots, config.queries, seed)
         return sampler.batches(config.tasks)
 
     def testing(self, ways: int, shots: int, queries: int, seed: int) -> Sampler:
