@@ -15,6 +15,8 @@ from experiments.generative.problem import Generator, squared_error
 
 PyTree = Any
 
+_RTOL = 1e-3
+
 
 class Inferred(NamedTuple):
     """What the joint solve found for each image.
@@ -62,12 +64,15 @@ def infer(
 def solve(generator: Generator, params: PyTree, targets: jax.Array, config: Config) -> Any:
     """The joint solve of one batch as the evaluation does it, with its history."""
     x0, z0 = generator.start(params, len(targets))
+    # Below the rounding unit of the states no residual falls.
+    rtol = max(_RTOL, float(jnp.finfo(jnp.dtype(config.state_dtype)).eps))
     return jdeq.joint_solve(
         generator.problem,
         params,
         targets,
         x0,
         z0,
+        rtol=rtol,
         max_steps=config.evaluation_steps,
         history=True,
     )

@@ -29,6 +29,15 @@ _DARKEST = 0.02
 """A sigmoid starts no nearer to 0 or 1 than this, where it would have no slope."""
 
 
+def in_float32(z: Any) -> Any:
+    """A state as decoders take it, at least in float32.
+
+    The slope of the squared error in the state is a small difference of images: in bfloat16 it is
+    off by several per cent, and with it the adjoint.
+    """
+    return jax.tree.map(lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32)), z)
+
+
 def _starting_at(mean_image: Array | None) -> Callable[..., Array]:
     """The bias of a sigmoid that is ``mean_image``, or 1/2 for None."""
     if mean_image is None:
@@ -76,8 +85,7 @@ class DenseGenerator(nnx.Module):
             mean_image: what to decode at first, ``image_shape`` in [0, 1]; None is mid-grey.
                 Backgrounds are far from grey, and Adam takes thousands of steps to move a bias
                 that far.
-            state_dtype: of states, and of the products with them; parameters, x and what it adds to
-                the cell, and images are float32.
+            state_dtype: of states, and of the cell's products with them; all else is float32.
         """
         self.image_shape = image_shape
         self.latent_dim = latent_dim
@@ -90,15 +98,12 @@ class DenseGenerator(nnx.Module):
         self.injection = nnx.Linear(
             latent_dim, hidden, use_bias=False, kernel_init=_USUAL, rngs=rngs
         )
-        self.features = nnx.Linear(
-            hidden, decoder_hidden, kernel_init=_USUAL, dtype=state_dtype, rngs=rngs
-        )
+        self.features = nnx.Linear(hidden, decoder_hidden, kernel_init=_USUAL, rngs=rngs)
         self.pixels = nnx.Linear(
             decoder_hidden,
             math.prod(image_shape),
             kernel_init=_USUAL,
             bias_init=_starting_at(mean_image),
-            dtype=state_dtype,
             rngs=rngs,
         )
         self.contract()
@@ -122,8 +127,8 @@ class DenseGenerator(nnx.Module):
 
     def decode(self, z: Array) -> Array:
         """Images ``[B, H, W, C]`` in [0, 1] of states ``[B, hidden]``."""
-        logits = self.pixels(jax.nn.silu(self.features(z))).astype(jnp.float32)
-        return jax.nn.sigmoid(logits).reshape(-1, *self.image_shape)
+        pixels = jax.nn.sigmoid(self.pixels(jax.nn.silu(self.features(in_float32(z)))))
+        return pixels.reshape(-1, *self.image_shape)
 
     def initial_state(self, batch: int) -> Array:
         """Zeros ``[batch, hidden]``."""
@@ -166,8 +171,8 @@ class MultiscaleGenerator(nnx.Module):
             output_width: channels before the image, divisible by 4.
             precision: of the convolutions' products, see `jdeq.nn.conv2d`.
             rngs: source of the parameters' keys.
-            state_dtype: of states, and of the convolutions; parameters, x and what it adds to the
-                cell, the normalisations' statistics and images are float32.
+            state_dtype: of states, and of the cell's convolutions; all else is float32, the
+                statistics of its normalisations too.
         """
         self.image_shape = image_shape
         self.latent_dim = latent_dim
@@ -192,7 +197,7 @@ class MultiscaleGenerator(nnx.Module):
             The next state, of the same shapes.
         """
         parts = [
-            linear(x).reshape(branch.shape).astype(branch.dtype)
+            linear(x).reshape(branch.shape)
             for linear, branch in zip(self.injections, z, strict=True)
         ]
         return self.multiscale(z, parts)
@@ -202,7 +207,7 @@ class MultiscaleGenerator(nnx.Module):
 
     def decode(self, z: State) -> Array:
         """Images `[B, H, W, C]` in [0, 1] of states."""
-        return (1 + jnp.tanh(self.output(z).astype(jnp.float32))) / 2
+        return (1 + jnp.tanh(self.output(in_float32(z)))) / 2
 
     def initial_state(self, batch: int) -> State:
         """Zeros, one `[batch, H_i, W_i, C_i]` a branch."""
@@ -252,10 +257,7 @@ class ImageOutput(nnx.Module):
         kernels = jnp.split(self.mix.effective_kernel(), ends[:-1], axis=2)
         _, height, width, _ = z[0].shape
         parts = [
-            bilinear_upsample(
-                conv2d(branch, kernel.astype(branch.dtype), precision=self.mix.precision),
-                (height, width),
-            )
+            bilinear_upsample(conv2d(branch, kernel, precision=self.mix.precision), (height, width))
             for branch, kernel in zip(z, kernels, strict=True)
         ]
         return self.mix.add_bias(sum(parts[1:], parts[0]))

@@ -76,13 +76,17 @@ class ResidualBlock(nnx.Module):
         mask: Array | None = None,
         context: Array | None = None,
     ) -> Array:
-        """Maps `[B, H, W, C]`; mask `[B, C]` and context `[B, features]` are optional."""
+        """Maps `[B, H, W, C]`; mask `[B, C]` and context `[B, features]` are optional.
+
+        Whatever their dtypes, the result is of the dtype of `z`.
+        """
         hidden = self.hidden_norm(self.widen(z))
         if self.film is not None and context is not None:
-            scale, shift = jnp.split(self.film(context)[:, None, None, :], 2, axis=-1)
+            modulation = self.film(context).astype(hidden.dtype)[:, None, None, :]
+            scale, shift = jnp.split(modulation, 2, axis=-1)
             hidden = hidden * scale + shift
         out = apply_mask(self.narrow(jax.nn.relu(hidden)), mask)
-        out = out if injection is None else out + injection
+        out = out if injection is None else out + injection.astype(out.dtype)
         return self.norm(jax.nn.relu(self.injected_norm(out) + z))
 
 
@@ -271,7 +275,7 @@ class MultiscaleCell(nnx.Module):
             context: `[B, features]`, if the cell was built with a context.
 
         Returns:
-            The next state, of the same shapes.
+            The next state, of the same shapes and dtypes: the cell computes in those of `z`.
         """
         count = len(self.widths)
         if (context is None) == bool(self.context):
