@@ -1,35 +1,40 @@
 """Checkpoints of any pytree, through orbax, that are either whole or noticed to be damaged.
 
-Saving is synchronous: the step's buffers may be donated to the next step at once, and what is on
-disk when `save` returns survives a kill. The last file written is a list of all others with their
-CRC-32. It makes the checkpoint valid, and finds damage before orbax decodes anything: some damage
-would decode to wrong numbers without an error.
+Saving is asynchronous: `CheckpointWriter.save` returns once the arrays are copied to the host, so
+that the next step may be given their buffers, and training goes on while files are written. What
+is on disk is valid at every moment of a kill, see `checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from experiments.common.errors import UserError
-from experiments.common.files import write_json
+from experiments.common.checkpoint_files import (
+    check_undamaged,
+    publish,
+    remove,
+    remove_unfinished,
+    saved_steps,
+    unfinished,
+)
+from experiments.common.errors import UserError, reason
 from experiments.common.terminal import warn
 
 PyTree = Any
 
-_CHECKSUMS = "checksums.json"
+__all__ = ["CheckpointWriter", "Restored", "restore_newest", "saved_steps"]
+
 _KEEP = 3  # the newest may be damaged, the one before may be wanted, one to spare
 
-absl_logging.set_verbosity(absl_logging.ERROR)  # orbax reports every save at length
+# orbax reports every save at length, and failures with a traceback; they are told here.
+absl_logging.set_verbosity(absl_logging.FATAL)
 
 
 class Restored(NamedTuple):
@@ -47,41 +52,102 @@ class Restored(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes checkpoints and keeps the newest three.
+    """Writes checkpoints in the background and keeps the newest three.
 
     Args:
-        directory: Made if it does not exist; leftovers of a killed save are removed.
+        directory: Made if it does not exist; leftovers of killed saves are removed. No other
+            writer may be at work in it.
     """
 
     def __init__(self, directory: Path):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=_KEEP, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
         self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        # Folders are named, listed and removed by one process; orbax lets all write into them.
+        self._is_primary = jax.process_index() == 0
+        if self._is_primary:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self._directory)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, state: PyTree, notes: dict[str, Any]) -> None:
-        """Save; a step that is already saved is left as it is.
+        """Start to save; waits for the save before it, and until the state may be changed.
 
         Args:
-            step: Training steps done.
+            step: Training steps done; no checkpoint of this step may exist.
             state: Pytree of arrays; typed PRNG keys are welcome.
             notes: What JSON can hold, among it the position in the data.
+
+        Raises:
+            UserError: This save cannot begin, or the one before failed.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        try:
+            self._orbax.save(
+                unfinished(self._directory, step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_named_arrays(state)),
+                    notes=ocp.args.JsonSave(notes),
+                ),
+            )
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._saving = step, self._thread.submit(self._complete, step)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, without waiting.
+
+        Raises:
+            UserError: The save failed.
+        """
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being saved, if there is one, is valid.
+
+        Raises:
+            UserError: The save failed.
+        """
+        if self._saving is None:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named_arrays(state)), notes=ocp.args.JsonSave(notes)
-            ),
-        )
-        folder = self._directory / str(step)
-        write_json(folder / _CHECKSUMS, _checksums(folder))
+        (step, outcome), self._saving = self._saving, None
+        try:
+            outcome.result()
+        # A full disk surfaces as whatever the writing library at hand raises.
+        except Exception as error:
+            raise self._failure(step, error) from error
 
     def close(self) -> None:
-        """Release orbax's resources."""
-        self._manager.close()
+        """Wait for the last save, and release orbax's resources.
+
+        Raises:
+            UserError: The save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _complete(self, step: int) -> None:
+        self._orbax.wait_until_finished()
+        if not self._is_primary:
+            return
+        publish(self._directory, step)
+        for old in saved_steps(self._directory)[:-_KEEP]:
+            remove(self._directory, old)
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        if self._is_primary:
+            remove_unfinished(self._directory)  # on a full disk they would be in the way
+        kept = saved_steps(self._directory)
+        remains = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is none before"
+        return UserError(
+            f"the checkpoint of step {step} cannot be written to {self._directory} "
+            f"({reason(error)}); {remains}: make room, or the directory writable, and continue "
+            "with --resume."
+        )
 
 
 def restore_newest(directory: Path, template: PyTree, discard: bool) -> Restored | None:
@@ -91,7 +157,8 @@ def restore_newest(directory: Path, template: PyTree, discard: bool) -> Restored
 
     Args:
         directory: Where `CheckpointWriter` saved.
-        template: Pytree of arrays or `jax.ShapeDtypeStruct` of the same structure.
+        template: Pytree of arrays or `jax.ShapeDtypeStruct` of the same structure; a leaf that has
+            a sharding is restored with it, any other on the default device.
         discard: Whether to delete the damaged ones, to make room for training to save these
             steps again. Only done once an undamaged one is found.
 
@@ -102,20 +169,21 @@ def restore_newest(directory: Path, template: PyTree, discard: bool) -> Restored
         UserError: All are damaged, or a readable one is of another structure or shape.
     """
     damaged: list[int] = []
-    for step in sorted(saved_steps(directory), reverse=True):
+    for step in reversed(saved_steps(directory)):
         try:
-            arrays, notes = _read(directory, step)
+            check_undamaged(directory / str(step))
+            state, notes = _read(directory.absolute() / str(step), template)
+        except UserError:
+            raise
         # Damage surfaces as whatever the decoder at hand raises.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warn(f"checkpoint {directory / str(step)} is damaged or incomplete: {reason[:200]}.")
+            warn(f"checkpoint {directory / str(step)} is damaged: {reason(error)}.")
             damaged.append(step)
             continue
-        state = _fill(template, arrays, directory / str(step))
         if damaged:
             warn(f"using the checkpoint before: step {step}.")
         for other in damaged if discard else []:
-            shutil.rmtree(directory / str(other))
+            remove(directory, other)
         return Restored(step, state, notes)
     if damaged:
         raise UserError(
@@ -124,72 +192,65 @@ def restore_newest(directory: Path, template: PyTree, discard: bool) -> Restored
     return None
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """The steps of which a checkpoint exists, damaged or not."""
-    if not directory.is_dir():
-        return []
-    return [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
-
-
-def _read(directory: Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    folder = directory.absolute() / str(step)
-    if not (folder / _CHECKSUMS).is_file():
-        raise ValueError("it was not written to its end")
-    present = _checksums(folder)
-    for name, checksum in json.loads((folder / _CHECKSUMS).read_text()).items():
-        if present.get(name) != checksum:
-            raise ValueError(f"{name} is missing or changed")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder.parent, options=options) as manager:
-        target = manager.item_metadata(step).state
-        content = manager.restore(
-            step,
+def _read(folder: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    wanted = {_name(where): leaf for where, leaf in leaves}
+    items = ocp.CompositeCheckpointHandler(
+        state=ocp.StandardCheckpointHandler(), notes=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(items) as reader:
+        saved = reader.metadata(folder).item_metadata["state"].tree
+        target = _target(wanted, saved, folder)
+        content = reader.restore(
+            folder,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
             ),
         )
-    return {name: np.asarray(array) for name, array in content.state.items()}, content.notes
+    arrays = {name: jnp.copy(array) for name, array in content.state.items()}  # may be donated
+    filled = [
+        jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
+        for name, leaf in wanted.items()
+    ]
+    return jax.tree.unflatten(structure, filled), content.notes
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of every file below a checkpoint's folder, but of the list itself."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
-    return {path.relative_to(folder).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
-
-
-def _fill(template: PyTree, arrays: dict[str, np.ndarray], path: Path) -> PyTree:
-    """The arrays in the template's structure, on the default device."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    names = [_name(where) for where, _ in leaves]
-    if set(names) != set(arrays):
-        different = sorted(set(names) ^ set(arrays))[0]
+def _target(
+    wanted: dict[str, Any], saved: dict[str, Any], path: Path
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What orbax shall restore: the saved arrays, which must be those of the template."""
+    if set(wanted) != set(saved):
+        different = sorted(set(wanted) ^ set(saved))[0]
         raise UserError(
             f"{path} was written by another version of the model, which differs in {different}; "
             "use that version, or start a new run."
         )
-    filled = []
-    for name, (_, leaf) in zip(names, leaves, strict=True):
-        array = arrays[name]
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        value = jnp.array(array)  # a copy, which may be donated
-        if is_key:
-            value = jax.random.wrap_key_data(value)
-        if value.shape != leaf.shape or value.dtype != leaf.dtype:
-            raise UserError(
-                f"{path} holds {name} as {value.dtype}{list(value.shape)}, but the model for this "
-                f"data has {leaf.dtype}{list(leaf.shape)}; use data of the size, and the version, "
-                "that it was trained with."
-            )
-        filled.append(value)
-    return jax.tree.unflatten(structure, filled)
+    return {name: _one_target(name, leaf, saved[name], path) for name, leaf in wanted.items()}
 
 
-def _named_arrays(state: PyTree) -> dict[str, np.ndarray]:
-    arrays = {}
-    for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        arrays[_name(where)] = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-    return arrays
+def _one_target(name: str, leaf: Any, saved: Any, path: Path) -> jax.ShapeDtypeStruct:
+    plain = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    if saved.shape != plain.shape or saved.dtype != plain.dtype:
+        raise UserError(
+            f"{path} holds {name} as {saved.dtype}{list(saved.shape)}, but the model for this "
+            f"data has {plain.dtype}{list(plain.shape)}; use data of the size, and the version, "
+            "that it was trained with."
+        )
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
+
+
+def _named_arrays(state: PyTree) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        _name(where): jax.random.key_data(leaf) if _is_key(leaf) else leaf for where, leaf in leaves
+    }
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _name(where: tuple[Any, ...]) -> str:

@@ -1,6 +1,11 @@
-"""The one exception for mistakes a user can repair."""
+"""The one exception for mistakes a user can repair, and the words for those of the system."""
 
 from __future__ import annotations
+
+import os
+import re
+
+_TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")
 
 
 class UserError(Exception):
@@ -8,3 +13,13 @@ class UserError(Exception):
 
     The command line prints the text without a traceback and exits with status 1.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words, as part of a sentence: "No space left on device"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = _TENSORSTORE_CODE.search(str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]

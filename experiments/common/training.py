@@ -82,8 +82,8 @@ def fit(
         (the state after the last step, seconds spent in training, interrupted spells included).
 
     Raises:
-        UserError: A metric is not finite, no checkpoint can be restored, or the batches do not
-            divide by the number of devices.
+        UserError: A metric is not finite, a checkpoint cannot be restored or saved, or the batches
+            do not divide by the number of devices.
         TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint of the last step was saved.
     """
     step, seconds = 0, 0.0
@@ -126,6 +126,7 @@ def _loop(
             pending.append(metrics)
             # Two steps in flight keep the device busy, and memory and Ctrl-C's delay bounded.
             jax.block_until_ready(pending[-2:-1])
+            writer.check()
             last = step == schedule.steps
             log_now = last or step % schedule.log_every == 0
             save_now = last or interrupted.is_set() or step % schedule.checkpoint_every == 0

@@ -1,8 +1,11 @@
-"""Checkpoints: exact round trips, damage noticed and stepped over, killed saves."""
+"""Checkpoints: exact round trips, background saves, full disks, damage and killed saves."""
 
 from __future__ import annotations
 
+import resource
 import shutil
+import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.common import checkpoints
 from experiments.common.checkpoints import CheckpointWriter, restore_newest, saved_steps
 from experiments.common.errors import UserError
 
@@ -73,7 +77,7 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(saved, tmp_pat
         assert restored.step == 3
         assert_same(restored.state, state(3))
         message = capsys.readouterr().err
-        assert f"{copy / '4'} is damaged or incomplete" in message
+        assert f"{copy / '4'} is damaged" in message
         assert "using the checkpoint before: step 3" in message
         shutil.rmtree(copy)
 
@@ -103,3 +107,110 @@ def test_another_model_is_refused(saved):
     params["layer"]["kernel"] = jnp.ones((3, 5))
     with pytest.raises(UserError, match=r"0\.layer\.kernel.*\[3, 4\].*\[3, 5\]"):
         restore_newest(saved, (params, *rest), discard=False)
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """Keeps saves from their end until it is set."""
+    go_on = threading.Event()
+
+    def publish(directory, step):
+        assert go_on.wait(60)
+        real(directory, step)
+
+    real = checkpoints.publish
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    yield go_on
+    go_on.set()
+
+
+def test_a_save_goes_on_in_the_background_and_is_valid_only_at_its_end(saved, held_up):
+    writer = CheckpointWriter(saved)
+    writer.save(5, state(5), {})
+    writer.check()
+    assert saved_steps(saved) == [2, 3, 4]
+    assert restore_newest(saved, state(0), discard=False).step == 4
+    held_up.set()
+    writer.close()
+    assert saved_steps(saved) == [3, 4, 5]
+
+
+def test_a_killed_save_is_no_checkpoint_and_is_cleared_away(saved, tmp_path, held_up):
+    writer = CheckpointWriter(saved)
+    writer.save(5, state(5), {})
+    while not (saved / "saving-5").exists():
+        pass
+    killed = tmp_path / "killed"
+    shutil.copytree(saved, killed)
+    (killed / "3").rename(killed / "removing-3")
+    (killed / "removing-3" / "checksums.json").unlink()
+    assert restore_newest(killed, state(0), discard=True).step == 4
+    again = CheckpointWriter(killed)
+    again.save(5, state(50), {})
+    held_up.set()
+    again.close()
+    writer.close()
+    assert sorted(entry.name for entry in killed.iterdir()) == ["2", "4", "5"]
+    assert_same(restore_newest(killed, state(0), discard=False).state, state(50))
+
+
+def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path):
+    @partial(jax.jit, donate_argnums=0)
+    def step(values):
+        return values + 1
+
+    writer = CheckpointWriter(tmp_path)
+    values = step(jnp.zeros((512, 1024)))
+    for number in range(1, 16):
+        if number % 5 == 0:
+            writer.save(number, values, {})
+        values = step(values)
+    writer.close()
+    for number in (5, 10, 15):
+        copy = tmp_path.with_name(f"only{number}")
+        shutil.copytree(tmp_path / str(number), copy / str(number))
+        restored = restore_newest(copy, values, discard=False)
+        np.testing.assert_array_equal(restored.state, np.full((512, 1024), number, np.float32))
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 64 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("finish", [CheckpointWriter.close, CheckpointWriter.wait])
+def test_a_save_that_does_not_fit_is_one_sentence_and_harms_nothing(saved, small_files, finish):
+    writer = CheckpointWriter(saved)
+    big = jax.random.normal(jax.random.key(0), (512, 512))
+    writer.save(5, big, {})
+    with pytest.raises(
+        UserError, match=r"step 5 cannot be written .*File too large.* of step 4"
+    ) as e:
+        finish(writer)
+    assert "\n" not in str(e.value)
+    assert sorted(entry.name for entry in saved.iterdir()) == ["2", "3", "4"]
+    assert_same(restore_newest(saved, state(0), discard=False).state, state(4))
+
+
+def test_a_full_disk_while_the_checkpoint_is_made_valid_is_noticed_by_check(saved, monkeypatch):
+    def publish(directory, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    writer = CheckpointWriter(saved)
+    writer.save(5, state(5), {})
+
+    def go_on_training():
+        while True:
+            writer.check()
+
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+        go_on_training()
+    monkeypatch.undo()
+    writer.save(5, state(5), {})
+    writer.close()
+    assert saved_steps(saved) == [3, 4, 5]
