@@ -62,6 +62,18 @@ class Problems(NamedTuple):
         u0, data = scale_start(self.x0, self.data, rate)
         return self._replace(x0=u0, data=data)
 
+    def repeated(self, other: Problems) -> Problems:
+        """These problems, over and over, until they are as many as the others, if fewer.
+
+        Methods then are tuned at the batch size that they are timed at, by the same programs.
+        """
+        count, wanted = (jax.tree.leaves(problems.x0)[0].shape[0] for problems in (self, other))
+        if count >= wanted:
+            return self
+        rows = np.arange(wanted) % count
+        rest = (self.target, self.x0, self.z0, self.data)
+        return Problems(self.params, *jax.tree.map(lambda leaf: leaf[rows], rest))
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -226,6 +238,7 @@ def compare(
         published: The published nested method.
     """
     scaled = scale_problem(problem)
+    validation = validation.repeated(test)
     runs = [(c, rate) for candidates in (joint, nested) for c in candidates for rate in c.rates]
     tried = _measure(problem, scaled, validation, runs, repeats=1)
     count = sum(len(candidate.rates) for candidate in joint)
