@@ -32,9 +32,14 @@ def unfinished(directory: Path, step: int) -> Path:
 
 
 def publish(directory: Path, step: int) -> None:
-    """Make an unfinished checkpoint, to which nothing will be written any more, a valid one."""
+    """Make an unfinished checkpoint, to which nothing will be written any more, a valid one.
+
+    It takes the place of an older one of the same step.
+    """
     written = unfinished(directory, step)
     write_json(written / _CHECKSUMS, _checksums(written))
+    if (directory / str(step)).exists():
+        remove(directory, step)
     written.rename(directory / str(step))
 
 

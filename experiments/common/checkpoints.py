@@ -74,7 +74,7 @@ class CheckpointWriter:
         """Start to save; waits for the save before it, and until the state may be changed.
 
         Args:
-            step: Training steps done; no checkpoint of this step may exist.
+            step: Training steps done; an older checkpoint of this step is replaced.
             state: Pytree of arrays; typed PRNG keys are welcome.
             notes: What JSON can hold, among it the position in the data.
 

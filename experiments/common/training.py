@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from experiments.common.checkpoints import CheckpointWriter, restore_newest
 from experiments.common.errors import UserError
+from experiments.common.interruption import interruption
+from experiments.common.non_finite import (
+    NonFinite,
+    culprit,
+    guard,
+    guarded,
+    save_non_finite,
+    skips_non_finite,
+)
 from experiments.common.parallel import DataParallel
 from experiments.common.progress import training_progress
 from experiments.common.runs import MetricsLog, RunDirectory
 from experiments.common.terminal import say
+from experiments.common.window import Metrics, MetricsWindow
 
 PyTree = Any
-Metrics = dict[str, jax.Array]
+
+NON_FINITE = "non_finite"
+"""Folder of a run directory: what steps that were not finite were given."""
 
 
 class Batches(Protocol):
@@ -67,12 +76,16 @@ def fit(
     With several devices each gets an equal part of every batch, and the state.
 
     A run that is killed at any moment and continued ends with the same bits on the same machine
-    as one that was left alone: the state and the position in the data are all there is.
+    as one that was left alone: the state, the position in the data and the metrics since the last
+    row are all there is.
+
+    A step that is not finite stops training; what it was given is saved in `non_finite/` of the
+    run, see `non_finite`. Inside `skip_non_finite(True)` it is left out and counted as
+    `skipped_steps`; training stops when no step since the last row was finite.
 
     Args:
         update: `update(state, batch) -> (state, metrics)`; it is compiled here, and gives up the
-            buffers of its first argument. Metrics are scalars, among them `loss`; if one is not
-            finite, training stops.
+            buffers of its first argument. Metrics are scalars, among them `loss`.
         state: Parameters, optimiser state, PRNG key: a pytree of arrays.
         batches: Where batches come from, at its beginning.
         run: Where metrics and checkpoints go.
@@ -82,103 +95,137 @@ def fit(
         (the state after the last step, seconds spent in training, interrupted spells included).
 
     Raises:
-        UserError: A metric is not finite, a checkpoint cannot be restored or saved, or the batches
-            do not divide by the number of devices.
+        UserError: A step is not finite, a checkpoint cannot be restored or saved, data cannot be
+            read any more, or the batches do not divide by the number of devices.
         TrainingInterruptedError: Ctrl-C or SIGTERM; a checkpoint of the last step was saved.
     """
-    step, seconds = 0, 0.0
+    notes: dict[str, Any] = {"seconds": 0.0}
+    step = 0
     restored = restore_newest(run.checkpoints, state, discard=True)
     if restored is not None:
         step, state, notes = restored
-        seconds = notes["seconds"]
         batches.set_state(notes["position"])
         say(f"continuing at step {step} of {schedule.steps}.")
     if step >= schedule.steps:
-        return state, seconds
-    writer = CheckpointWriter(run.checkpoints)
-    log = MetricsLog(run, step)
-    try:
-        return _loop(update, state, step, seconds, batches, writer, log, schedule)
-    finally:
-        log.close()
-        writer.close()
+        return state, notes["seconds"]
+    with (
+        closing(CheckpointWriter(run.checkpoints)) as writer,
+        closing(MetricsLog(run, step)) as log,
+    ):
+        training = _Training(update, state, step, notes, batches, writer, log, run, schedule)
+        training.run()
+    return training.state.state, training.seconds
 
 
-def _loop(
-    update: Callable[[PyTree, PyTree], tuple[PyTree, Metrics]],
-    state: PyTree,
-    step: int,
-    seconds_before: float,
-    batches: Batches,
-    writer: CheckpointWriter,
-    log: MetricsLog,
-    schedule: Schedule,
-) -> tuple[PyTree, float]:
-    devices = DataParallel()
-    compiled = devices.compile(update)
-    state = devices.replicate(state)
-    started = time.perf_counter()
-    pending: list[Metrics] = []
-    with _interruption() as interrupted, training_progress(schedule.steps, step) as progress:
-        while step < schedule.steps:
-            state, metrics = compiled(state, devices.spread(next(batches)))
-            step += 1
-            pending.append(metrics)
-            # Two steps in flight keep the device busy, and memory and Ctrl-C's delay bounded.
-            jax.block_until_ready(pending[-2:-1])
-            writer.check()
-            last = step == schedule.steps
-            log_now = last or step % schedule.log_every == 0
-            save_now = last or interrupted.is_set() or step % schedule.checkpoint_every == 0
-            if log_now or save_now:
-                row = _mean(pending, step)
-            if log_now:
-                spent = seconds_before + time.perf_counter() - started
-                log.write(step, row | {"seconds": spent})
-                progress.report(step, row["loss"])
-                pending.clear()
-            if save_now:
-                seconds = seconds_before + time.perf_counter() - started
-                writer.save(step, state, {"position": batches.get_state(), "seconds": seconds})
-            if interrupted.is_set() and not last:
-                raise TrainingInterruptedError(
-                    f"stopped after step {step} of {schedule.steps}; it is saved"
-                )
-            progress.advance(step)
-    return state, seconds
+class _Training:
+    """The loop, and what it changes from step to step."""
 
+    def __init__(
+        self,
+        update: Callable[[PyTree, PyTree], tuple[PyTree, Metrics]],
+        state: PyTree,
+        step: int,
+        notes: dict[str, Any],
+        batches: Batches,
+        writer: CheckpointWriter,
+        log: MetricsLog,
+        run: RunDirectory,
+        schedule: Schedule,
+    ):
+        self._devices = DataParallel()
+        self._skips = skips_non_finite()
+        self._update = self._devices.compile(guarded(update, self._skips))
+        self.state = self._devices.replicate(guard(state))
+        self._step = self._saved = step
+        self._window = MetricsWindow(notes.get("rows", []))
+        self._seconds_before = notes["seconds"]
+        self._started = time.perf_counter()
+        self._batches, self._writer, self._log, self._run = batches, writer, log, run
+        self._schedule = schedule
+        self._not_finite = ""
 
-def _mean(pending: list[Metrics], step: int) -> dict[str, float]:
-    """Means of the metrics since the last row; waits for the device."""
-    rows = jax.device_get(pending)
-    columns = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
-    for name, column in columns.items():
-        if not np.isfinite(column).all():
-            first = step - len(column) + 1 + int(np.flatnonzero(~np.isfinite(column))[0])
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, interrupted spells included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def run(self) -> None:
+        """Train to the last step, which is then saved."""
+        schedule = self._schedule
+        with interruption() as asked, training_progress(schedule.steps, self._step) as progress:
+            while self._step < schedule.steps:
+                batch = self._devices.spread(self._next_batch())
+                self.state, metrics = self._update(self.state, batch)
+                self._step += 1
+                self._window.add(self._step, batch, metrics)
+                # Two steps in flight keep the device busy, and memory and Ctrl-C's delay bounded.
+                self._settle(in_flight=1)
+                self._writer.check()
+                last = self._step == schedule.steps
+                stop = asked(self._step) and not last
+                if last or self._step % schedule.log_every == 0:
+                    progress.report(self._step, self._write_row())
+                if last or stop or self._step % schedule.checkpoint_every == 0:
+                    self._save()
+                if stop:
+                    raise TrainingInterruptedError(
+                        f"stopped after step {self._step} of {schedule.steps}; it is saved"
+                    )
+                progress.advance(self._step)
+
+    def _next_batch(self) -> PyTree:
+        try:
+            return next(self._batches)
+        except Exception as error:
+            # Several processes save together or not at all, and the others know nothing of it.
+            if jax.process_count() > 1 or self._step == self._saved:
+                raise
+            self._save()
+            if isinstance(error, UserError):
+                raise UserError(
+                    f"{error} (Training stopped after step {self._step}, which is saved; continue "
+                    "with --resume.)"
+                ) from error
+            raise
+
+    def _settle(self, in_flight: int) -> None:
+        """Wait until at most so many steps are computed, and see whether the others were finite."""
+        while (found := self._window.settle(in_flight)) is not None:
+            self._not_finite = culprit(found.number, found.metrics, self.state.state)
+            if not self._skips:
+                raise self._non_finite(found.step, found.batch)
+
+    def _write_row(self) -> float:
+        """Log the means since the last row; the loss among them."""
+        self._settle(in_flight=0)
+        row = self._window.mean(count_skipped=self._skips)
+        if not row:
             raise UserError(
-                f"training stopped because {name} is {column[first - step - 1]} at step {first}; "
-                "lower the learning rate or strengthen the regularisation in the preset "
-                "(the checkpoints before that step are kept)."
+                f"training stopped because no step since the last row of metrics was finite, up to "
+                f"step {self._step}: the last time it was {self._not_finite}; lower the learning "
+                "rate or strengthen the regularisation in the preset of a new run."
             )
-    return {name: float(column.mean()) for name, column in columns.items()}
+        self._log.write(self._step, row | {"seconds": self.seconds})
+        return row["loss"]
 
+    def _save(self) -> None:
+        self._settle(in_flight=0)
+        notes = {
+            "position": self._batches.get_state(),
+            "seconds": self.seconds,
+            "rows": self._window.rows(),
+        }
+        self._writer.save(self._step, self.state.state, notes)
+        self._saved = self._step
 
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _non_finite(self, step: int, batch: PyTree) -> UserError:
+        """Save what the step was given; its update, and those of the steps after, were withheld."""
+        folder = self._run.path / NON_FINITE
+        save_non_finite(folder, NonFinite(step, self.state.state, batch, self._not_finite))
+        return UserError(
+            f"training stopped because {self._not_finite} is not finite at step {step}; the state "
+            f"before it and its batch are in {folder}, for "
+            "experiments.common.non_finite.load_non_finite: lower the learning rate or strengthen "
+            "the regularisation in the preset of a new run, or leave such steps out with --resume "
+            "--skip-non-finite."
+        )
