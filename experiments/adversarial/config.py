@@ -77,21 +77,21 @@ class Config:
     jacobian_probes: int = 1
     solve_steps: int = 30
     joint_steps: int = 10
-    joint_rate: float = 1.0
+    joint_rate: float = 4.0
     pgd: Literal["published", "warm"] = "warm"
     pgd_steps: int = 7
     attack_steps: int = 20
-    attack_rate: float = 1.0
+    attack_rate: float = 8.0
     evaluation_images: int = 1000
     evaluation_batch: int = 250
     long_steps: int = 100
     restarts: int = 5
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (16, 24, 32)
-    speed_joint_rates: tuple[float, ...] = (1.0, 2.0, 4.0)
+    speed_joint_steps: tuple[int, ...] = (24, 48)
+    speed_joint_rates: tuple[float, ...] = (4.0, 8.0, 16.0)
     speed_nested_steps: tuple[int, ...] = (10, 20)
-    speed_nested_rates: tuple[float, ...] = (1.0, 2.0, 4.0)
+    speed_nested_rates: tuple[float, ...] = (4.0, 8.0, 16.0)
     log_every: int = 20
     checkpoint_every: int = 200
 

@@ -53,10 +53,11 @@ class ContractiveConfig:
 
 
 class ContractiveClassifier(nnx.Module):
-    """`z* = tanh(W z* + V relu(U image + a) + b)`, `logits = head(z*)`.
+    """`z* = tanh(W z* + V silu(U image + a) + b)`, `logits = head(z*)`.
 
     U, V and W are 3x3 convolutions, U and V strided; the norm of W is bounded, so that each image
-    has one equilibrium. The head is a hidden layer on all of the state.
+    has one equilibrium. The head is a hidden layer on all of the state. Activations are smooth:
+    behind ReLUs the loss has kinks on which attacks of every kind get stuck.
 
     Args:
         config: sizes.
@@ -84,12 +85,12 @@ class ContractiveClassifier(nnx.Module):
 
     def cell(self, z: Array, x: Array) -> Array:
         """Next state `[B, *state_shape]` for images `[B, H, W, channels]` in [0, 1]."""
-        injected = self.injection(jax.nn.relu(self.stem(x)))
+        injected = self.injection(jax.nn.silu(self.stem(x)))
         return jnp.tanh(self.recurrent(z) + injected)
 
     def head(self, z: Array) -> Array:
         """Logits `[B, classes]` of a state."""
-        hidden = jax.nn.relu(self.features(z.reshape(len(z), -1)))
+        hidden = jax.nn.silu(self.features(z.reshape(len(z), -1)))
         return self.classifier(hidden)
 
     def initial_state(self, batch: int) -> Array:
