@@ -57,7 +57,7 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     comparison = measure_speed(victims[main], data, config)
     epochs = epoch_seconds(victims[main], data, config, run.record.seed)
 
-    figures.attacked_images(run.figures / "attacked.png", config, images, found)
+    figures.attacked_images(run.figures / "attacked.png", config, images, labels, found)
     figures.radius_curves(run.figures / "radius.png", config, curves)
     figures.attack_loss(run.figures / "attack_loss.png", comparison)
     return {

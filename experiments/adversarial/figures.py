@@ -15,21 +15,26 @@ from experiments.common.speed import Comparison
 _SHOWN = 12  # images a row
 
 
-def attacked_images(path: Path, config: Config, images: np.ndarray, found: Matrix) -> None:
+_MODELS = {"clean": "clean-trained", "pgd": "PGD-trained", "joint": "joint-trained"}
+
+
+def attacked_images(
+    path: Path, config: Config, images: np.ndarray, labels: np.ndarray, found: Matrix
+) -> None:
     """The first images, what the joint attack makes of them for each model, and what it adds."""
-    rows = {"test image": images[:_SHOWN]}
+    rows = [plots.Row("test image", images[:_SHOWN])]
     for model, row in found.items():
         outcome = row["joint"]
         # Grey is no change; the largest change of any image shown is black or white.
         change = outcome.perturbation[:_SHOWN]
         largest = max(float(np.abs(change).max()), 1e-12)
         guesses = outcome.logits[:_SHOWN].argmax(-1)
-        rows[f"{model}-trained: {_digits(guesses)}"] = outcome.images[:_SHOWN]
-        rows[f"change, at most {largest:.2f}"] = 0.5 + change / (2 * largest)
-    plots.image_rows(
-        path,
-        rows,
-        f"Joint attacks, {config.norm} radius {config.radius:g}, and how models read them",
+        wrong = guesses != labels[:_SHOWN]
+        answers = [f"read as {guess}" for guess in guesses]
+        rows.append(plots.Row(_MODELS[model], outcome.images[:_SHOWN], answers, wrong))
+        rows.append(plots.Row(f"change, at most {largest:.2f}", 0.5 + change / (2 * largest)))
+    plots.annotated_rows(
+        path, rows, f"Joint attacks, {config.norm} radius {config.radius:g}; wrong answers in red"
     )
 
 
@@ -40,14 +45,8 @@ def radius_curves(
     plots.curves(
         path,
         [
-            {
-                f"{m}-trained": plots.Curve(radii, shares)
-                for m, (radii, shares, _) in curves.items()
-            },
-            {
-                f"{m}-trained": plots.Curve(radii, losses)
-                for m, (radii, _, losses) in curves.items()
-            },
+            {_MODELS[m]: plots.Curve(radii, shares) for m, (radii, shares, _) in curves.items()},
+            {_MODELS[m]: plots.Curve(radii, losses) for m, (radii, _, losses) in curves.items()},
         ],
         titles=["Accuracy under the joint attack", "Its cross-entropy"],
         xlabels=[f"radius ({config.norm})"] * 2,
@@ -79,7 +78,3 @@ def attack_loss(path: Path, speed: Comparison) -> None:
         ylabels=["cross-entropy at the equilibrium"],
         log_x=True,
     )
-
-
-def _digits(guesses: np.ndarray) -> str:
-    return " ".join(str(guess) for guess in guesses)

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -34,6 +35,8 @@ _STYLE: Any = {
     ),
 }
 _DPI = 150
+_IMAGE, _LETTER, _NOTE = 0.62, 0.075, 0.17  # inches
+_FLAG = "#D55E00"
 _FEW = 24
 """Up to so many problems each is marked by a dot."""
 
@@ -64,6 +67,33 @@ class Curve:
         return cls(x, middle, low, high)
 
 
+def held(values: np.ndarray) -> np.ndarray:
+    """The history [K, N] of problems that stop one by one: a finished one keeps its last value.
+
+    Quartiles over those that still run would be quartiles of ever fewer, ever worse problems.
+    """
+    steps = np.arange(len(values))[:, None]
+    last = np.maximum.accumulate(np.where(np.isfinite(values), steps, 0), axis=0)
+    return np.take_along_axis(values, last, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of images.
+
+    Attributes:
+        label: Beside the row.
+        images: [N, H, W, C] in [0, 1] with 1 or 3 channels.
+        notes: Above each image, or none.
+        flagged: Which notes stand out, bool [N]; None for none.
+    """
+
+    label: str
+    images: np.ndarray
+    notes: Sequence[str] = ()
+    flagged: np.ndarray | None = None
+
+
 def image_rows(path: Path, rows: Mapping[str, np.ndarray], title: str) -> None:
     """Save labelled rows of images.
 
@@ -72,18 +102,37 @@ def image_rows(path: Path, rows: Mapping[str, np.ndarray], title: str) -> None:
         rows: Label to images [N, H, W, C] in [0, 1] with 1 or 3 channels; the same N in each row.
         title: Heading of the figure.
     """
-    count = max(len(images) for images in rows.values())
-    height, width = next(iter(rows.values())).shape[1:3]
+    annotated_rows(path, [Row(label, images) for label, images in rows.items()], title)
+
+
+def annotated_rows(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Save labelled rows of images with notes above them.
+
+    Args:
+        path: The png.
+        rows: The same number and sizes of images in each.
+        title: Heading of the figure.
+    """
+    count = max(len(row.images) for row in rows)
+    height, width = rows[0].images.shape[1:3]
+    letters = max(len(line) for row in rows for line in row.label.split("\n"))
+    noted = sum(1 for row in rows if row.notes)
     with mpl.rc_context(_STYLE):
         figure = Figure(
-            figsize=(0.62 * count + 1.2, 0.62 * len(rows) * height / width + 0.55),
+            figsize=(
+                _IMAGE * count + _LETTER * letters + 0.4,
+                _IMAGE * len(rows) * height / width + _NOTE * noted + 0.55,
+            ),
             layout="constrained",
         )
         grid = figure.subplots(len(rows), count, squeeze=False)
-        for axes, (label, images) in zip(grid, rows.items(), strict=True):
-            for axis, image in zip(axes, images, strict=True):
+        for axes, row in zip(grid, rows, strict=True):
+            for axis, image in zip(axes, row.images, strict=True):
                 _show(axis, image)
-            axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
+            flagged = np.zeros(len(row.images), bool) if row.flagged is None else row.flagged
+            for axis, note, stands_out in zip(axes, row.notes, flagged, strict=False):
+                axis.set_title(note, fontsize=8, pad=2, color=_FLAG if stands_out else "0.4")
+            axes[0].set_ylabel(row.label, rotation=0, ha="right", va="center")
         figure.suptitle(title)
         _save(figure, path)
 
@@ -142,6 +191,9 @@ def curves(
             # A logarithmic axis without a positive number cannot be drawn.
             if log_y and any(np.any(curve.middle > 0) for curve in panels[number].values()):
                 axis.set_yscale("log", nonpositive="mask")
+                _label_logarithms(axis.yaxis)
+            if log_x:
+                _label_logarithms(axis.xaxis)
             axis.legend()
         _save(figure, path)
 
@@ -163,12 +215,16 @@ def fits(
         title: Heading of the figure.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4 * len(x), 3.0), layout="constrained")
-        for number, axis in enumerate(figure.subplots(1, len(x), squeeze=False)[0]):
+        figure = Figure(figsize=(3.2 * len(x) + 0.8, 3.0), layout="constrained")
+        panels = figure.subplots(1, len(x), squeeze=False, sharey=True)[0]
+        for number, axis in enumerate(panels):
             for label, values in lines.items():
                 axis.plot(x[number], values[number], label=label)
             axis.plot(points[0][number], points[1][number], "o", color="0.2", label="support")
-        axis.legend()
+            axis.set_xlabel("input")
+        panels[0].set_ylabel("value")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center")
         figure.suptitle(title)
         _save(figure, path)
 
@@ -211,7 +267,7 @@ def diagnosis(path: Path, found: Diagnosis, title: str) -> None:
         for axis in (residuals, conditions):
             axis.set_ylabel("share of problems up to there")
         for axis in (residuals, conditions, steps):
-            _label_logarithms(axis)
+            _label_logarithms(axis.xaxis)
         for axis in (residuals, radii, conditions, steps):
             axis.set_ylim(0, 1.03)
             axis.legend(loc="best")
@@ -234,13 +290,13 @@ def _distributions(axis: Axes, curves: Mapping[str, Any]) -> None:
             axis.plot([ordered[0]] * 2, [0, shares[0]], color=line.get_color())
 
 
-def _label_logarithms(axis: Axes) -> None:
+def _label_logarithms(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 where the range is too short for powers of ten alone."""
-    low, high = axis.get_xlim()
+    low, high = axis.get_view_interval()
     if high < 100 * low:
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _show(axis: Axes, image: np.ndarray) -> None:

@@ -63,13 +63,13 @@ def interpolation(
 def residuals(
     path: Path, generator: Generator, params: PyTree, data: ImageData, config: Config
 ) -> None:
-    """The KKT residuals over the iterations of one batch."""
+    """The KKT residuals over the iterations of one batch; problems that are done keep theirs."""
     # The size of the reconstruction's batches, for which the solve is compiled already.
     targets = jnp.asarray(data.test.first(config.evaluation_batch))
     history = solve(generator, params, targets, config).history
     steps = np.arange(1, config.evaluation_steps + 1)
     curves = {
-        name: plots.Curve.quartiles(steps, np.asarray(values))
+        name: plots.Curve.quartiles(steps, plots.held(np.asarray(values)))
         for name, values in history.residual._asdict().items()
     }
     plots.curves(

@@ -19,9 +19,16 @@ from experiments.meta.tasks import TaskSource
 PyTree = Any
 
 _FITS = 3
-_POINTS = 100
+_POINTS = 400
 _SHOWN_WAYS = 5
 _SHOWN_QUERIES = 4
+_LEARNERS = {
+    "joint": "joint",
+    "proto": "prototypes",
+    "maml": "MAML",
+    "fomaml": "MAML, first order",
+    "imaml": "implicit MAML",
+}
 
 
 def draw(
@@ -46,7 +53,7 @@ def _training(run: RunDirectory) -> None:
         if rows:
             wrong = [1 - row["accuracy"] if "accuracy" in row else row["loss"] for row in rows]
             steps = np.array([row["step"] for row in rows])
-            curves[kind] = plots.Curve(steps, _smoothed(np.array(wrong)))
+            curves[_LEARNERS[kind]] = plots.Curve(steps, _smoothed(np.array(wrong)))
     named = "accuracy" in read_metrics(run.path)[-1]
     plots.curves(
         run.figures / "training.png",
@@ -87,7 +94,7 @@ def _fits(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSourc
 
 
 def _task(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSource) -> None:
-    """Support, and queries beside the support image of the class that they are taken for."""
+    """Support, and queries; those that are taken for another class say for which."""
     assert source.test is not None
     ways = min(_SHOWN_WAYS, len(source.test))
     tasks = source.testing(ways, 1, _SHOWN_QUERIES, run.record.seed).first(1)
@@ -95,13 +102,13 @@ def _task(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSourc
     made = jax.jit(learner_outputs(learner))(params, tasks.support, target, tasks.query)
     answers = np.asarray(made)[0].argmax(-1).reshape(ways, _SHOWN_QUERIES)
     queries = tasks.query[0].reshape(ways, _SHOWN_QUERIES, *source.shape)
-    rows = {"support": tasks.support[0]}
-    for number in range(_SHOWN_QUERIES):
-        rows[f"query {number + 1}"] = queries[:, number]
-        rows[f"taken for {' ' * number}"] = tasks.support[0][answers[:, number]]
+    names = [chr(ord("A") + way) for way in range(ways)]
+    rows = [plots.Row("support", 1 - tasks.support[0], [f"class {name}" for name in names])]
+    for number, guesses in enumerate(answers.T):
+        wrong = guesses != np.arange(ways)
+        notes = [f"taken for {names[g]}" if w else "" for g, w in zip(guesses, wrong, strict=True)]
+        rows.append(plots.Row(f"query {number + 1}", 1 - queries[:, number], notes, wrong))
     right = np.mean(answers == np.arange(ways)[:, None])
-    plots.image_rows(
-        run.figures / "task.png",
-        {label: 1 - images for label, images in rows.items()},
-        f"A test task: {right:.0%} of its queries are right",
+    plots.annotated_rows(
+        run.figures / "task.png", rows, f"A test task: {right:.0%} of its queries are right"
     )

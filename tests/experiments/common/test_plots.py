@@ -9,7 +9,17 @@ import numpy as np
 from PIL import Image
 
 import jdeq
-from experiments.common.plots import Curve, curves, diagnosis, image_grid, image_rows
+from experiments.common.plots import (
+    Curve,
+    Row,
+    annotated_rows,
+    curves,
+    diagnosis,
+    fits,
+    held,
+    image_grid,
+    image_rows,
+)
 
 
 def width(path):
@@ -30,6 +40,32 @@ def test_grids_of_grey_and_colour_images(tmp_path):
     image_grid(tmp_path / "colour.png", np.random.default_rng(0).random((8, 5, 4, 3)), 4, "title")
     assert width(tmp_path / "colour.png") > 100
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_rows_of_the_same_label_are_all_drawn_and_notes_stand_out(tmp_path):
+    images = np.full((3, 5, 5, 1), 0.5)
+    rows = [Row("change, at most 0.30", images), Row("change, at most 0.30", images)]
+    annotated_rows(tmp_path / "two.png", rows, "title")
+    annotated_rows(tmp_path / "one.png", rows[:1], "title")
+    with Image.open(tmp_path / "two.png") as two, Image.open(tmp_path / "one.png") as one:
+        assert two.height > one.height + 50
+    noted = [Row("row", images, ["read as 3"] * 3, np.array([True, False, False]))]
+    annotated_rows(tmp_path / "noted.png", noted, "title")
+    with Image.open(tmp_path / "noted.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert np.any((pixels[..., 0] > 150) & (pixels[..., 2] < 80)), "no note in the flag's colour"
+
+
+def test_a_finished_problem_holds_its_last_value():
+    history = np.array([[4.0, 3.0], [2.0, np.nan], [np.nan, np.nan]])
+    np.testing.assert_array_equal(held(history), [[4, 3], [2, 3], [2, 3]])
+    assert np.isnan(held(np.full((2, 1), np.nan))).all()
+
+
+def test_fits_are_drawn_with_one_legend(tmp_path):
+    x = np.linspace(0, 1, 5) * np.ones((2, 1))
+    fits(tmp_path / "fits.png", x, {"truth": x, "fitted": -x}, (x[:, :2], x[:, :2]), "title")
+    assert width(tmp_path / "fits.png") > 500
 
 
 def test_curves_without_a_positive_number_are_drawn_all_the_same(tmp_path):
