@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ def jacobian_frobenius(
         params: its parameters.
         z: where the Jacobian is taken, every leaf ``[B, ...]``.
         x: its inputs, every leaf ``[B, ...]``.
-        key: a PRNG key for the probes.
+        key: a PRNG key for the probes; or one a problem, ``[B]`` typed keys, whose probes then do
+            not depend on the other problems: the batch may be split over devices.
         data: its further constants.
         probes: number of probes averaged, at least 1.
 
@@ -57,15 +59,20 @@ def jacobian_frobenius(
         ValueError: if ``probes`` is below 1.
     """
     _options.check_count("jacobian_frobenius", "probes", probes)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1:
+        keys = jax.vmap(partial(jax.random.split, num=probes), out_axes=1)(key)
+        draw = jax.vmap(_tree.normal_like)
+    else:
+        keys, draw = jax.random.split(key, probes), _tree.normal_like
     rest = () if data is None else (data,)
     _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(z))
 
     def estimate(key: Array) -> Array:
-        (product,) = pull_back(_tree.normal_like(key, z))
+        (product,) = pull_back(draw(key, z))
         return _tree.dot(product, product) / dimension
 
-    return jnp.mean(jax.vmap(estimate)(jax.random.split(key, probes)), axis=0)
+    return jnp.mean(jax.vmap(estimate)(keys), axis=0)
 
 
 def trajectory_frobenius(

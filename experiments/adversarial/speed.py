@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 from experiments.adversarial.attacks import PGD, Joint, Victim, published_pgd
 from experiments.adversarial.config import Config
 from experiments.adversarial.problem import Ball
-from experiments.adversarial.train import initial_state, update
+from experiments.adversarial.train import initial_state, step_of
 from experiments.common.data import ImageData, batches
 from experiments.common.speed import (
     Candidate,
@@ -99,7 +98,7 @@ def epoch_seconds(victim: Victim, data: ImageData, config: Config, seed: int) ->
     # Past the ramp, at the full radius.
     state = state._replace(step=jnp.asarray(config.steps, jnp.int32))
     steps = {
-        model: jax.jit(partial(update, settings, victim.network, model))
+        model: jax.jit(step_of(settings, victim.network, model))
         for model, settings in variants.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}

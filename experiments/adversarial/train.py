@@ -7,7 +7,6 @@ last, is the run's own.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ from experiments.adversarial.config import Config
 from experiments.adversarial.problem import Ball, Network, build_network, cross_entropy
 from experiments.common.data import batches, load_images
 from experiments.common.runs import RunDirectory
+from experiments.common.step import Given, Measured, TrainState, Update, training_step
 from experiments.common.terminal import say
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.training import Schedule, fit
 from jdeq.joint import InnerSolve
 
 PyTree = Any
@@ -32,22 +32,6 @@ MODELS = ("clean", "pgd", "joint")
 """In the order in which they are trained."""
 
 _ROUGH = 1e-2
-
-
-class TrainState(NamedTuple):
-    """What a training step changes.
-
-    Attributes:
-        params: Parameters of the classifier.
-        optimizer: State of AdamW on them.
-        key: PRNG key of the Jacobian penalty's probes.
-        step: Steps done, int32.
-    """
-
-    params: PyTree
-    optimizer: optax.OptState
-    key: Array
-    step: Array
 
 
 class Solved(NamedTuple):
@@ -76,7 +60,7 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     for model in MODELS:
         say(f"training {model}")
         fit(
-            partial(update, config, network, model),
+            step_of(config, network, model),
             initial_state(config, params, seed),
             batches(data.train, config.batch_size, seed),
             part_of(run, model),
@@ -100,25 +84,21 @@ def outer_optimizer(config: Config) -> optax.GradientTransformation:
 
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
     """What training starts from, given the initial parameters; their buffers may be given up."""
-    params = jax.tree.map(jnp.copy, params)
-    memory = outer_optimizer(config).init(params)
-    return TrainState(params, memory, jax.random.key(seed), jnp.zeros((), jnp.int32))
+    return TrainState.start(jax.tree.map(jnp.copy, params), outer_optimizer(config), seed)
 
 
-def update(
-    config: Config, network: Network, model: str, state: TrainState, batch: dict[str, Array]
-) -> tuple[TrainState, Metrics]:
-    """One training step of a model."""
-    key, probes = jax.random.split(state.key)
-    # Attacks at the full radius from the first step on keep some models from learning at all.
-    share = jnp.minimum(1.0, (state.step + 1) / max(1, config.ramp * config.steps))
-    gradient, metrics = jax.grad(training_loss, has_aux=True)(
-        state.params, config, network, model, batch, config.radius * share, probes
+def step_of(config: Config, network: Network, model: str) -> Update:
+    """The training step of a model."""
+
+    def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
+        # Attacks at the full radius from the first step on keep some models from learning at all.
+        share = jnp.minimum(1.0, (given.step + 1) / max(1, config.ramp * config.steps))
+        radius = config.radius * share
+        return training_loss(params, config, network, model, given.batch, radius, given.keys)
+
+    return training_step(
+        jax.grad(loss, has_aux=True), outer_optimizer(config), contract=network.contract
     )
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    updates, memory = outer_optimizer(config).update(gradient, state.optimizer, state.params)
-    params = network.contract(optax.apply_updates(state.params, updates))
-    return TrainState(params, memory, key, state.step + 1), metrics
 
 
 def training_loss(
@@ -128,8 +108,8 @@ def training_loss(
     model: str,
     batch: dict[str, Array],
     radius: Array,
-    key: Array,
-) -> tuple[Array, Metrics]:
+    keys: Array,
+) -> tuple[Array, Measured]:
     """Mean cross-entropy under the model's attack, plus the Jacobian penalty.
 
     Args:
@@ -139,7 +119,7 @@ def training_loss(
         model: One of `MODELS`.
         batch: Images [B, H, W, C] in [0, 1] and labels.
         radius: Of the attack, a scalar.
-        key: PRNG key of the penalty's probes.
+        keys: PRNG keys of the penalty's probes, [B].
 
     Returns:
         (loss, metrics).
@@ -149,22 +129,18 @@ def training_loss(
     solve = {"clean": _solve_clean, "pgd": _solve_pgd, "joint": _solve_joint}[model]
     found = solve(params, config, network, labels, ball)
     loss = jnp.mean(found.loss)
-    metrics = {
-        "cross_entropy": loss,
-        "state_residual": jnp.median(found.residual),
-        "failed": jnp.mean(found.failed),
-    }
+    means = {"cross_entropy": loss, "failed": jnp.mean(found.failed)}
     if config.jacobian_weight:
         at = jax.lax.stop_gradient((found.z, found.u))
         jacobian = jnp.mean(
             jdeq.regularization.jacobian_frobenius(
-                network.problems[config.norm].cell, params, *at, key,
+                network.problems[config.norm].cell, params, *at, keys,
                 data=ball, probes=config.jacobian_probes,
             )
         )  # fmt: skip
-        metrics["jacobian"] = jacobian
+        means["jacobian"] = jacobian
         loss = loss + config.jacobian_weight * jacobian
-    return loss, {"loss": loss, **metrics}
+    return loss, Measured({"loss": loss, **means}, {"state_residual": found.residual})
 
 
 def joint_attack(config: Config) -> Joint:

@@ -1,63 +1,181 @@
-"""Data parallelism: the batch is spread over all devices, the state is on each of them.
+"""Many devices: the batch is spread over all of them, the parameters are copied or spread as well.
 
-The compiled training step is partitioned by XLA, which adds the sums over devices. Nothing in the
-step has to know; on one device nothing changes.
+The devices form a mesh of two axes. Along `batch` each holds an equal part of every batch, and runs
+its solves by itself: the gradient is taken shard by shard (`jax.shard_map`) and averaged once a
+step. Left to XLA's own partitioning, the condition of every solve, a reduction over the batch,
+would make all devices wait for each other in every iteration. Along `model`, of one device unless
+asked for, parameters, their gradients and the optimiser's memory are spread by the rule of
+`spread_axis`, and XLA partitions what is computed with them.
+
+The same holds for the devices of several processes, each of which gives its own rows of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments.common import hosts
 from experiments.common.errors import UserError
 
 PyTree = Any
 
-_AXIS = "batch"
+BATCH, MODEL = "batch", "model"
+
+_LEAST_SPREAD = 2**10  # numbers; smaller arrays are copied to every device
+
+_chosen: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+def make_mesh(model_devices: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """All devices as a mesh.
+
+    Args:
+        model_devices: Devices that share one copy of the parameters, neighbours in the list.
+        devices: The devices; None for all that jax sees, those of other processes included.
+
+    Raises:
+        UserError: The number of devices is not a multiple of `model_devices`.
+    """
+    devices = jax.devices() if devices is None else devices
+    if model_devices < 1 or len(devices) % model_devices:
+        raise UserError(
+            f"{len(devices)} devices cannot be divided into groups of {model_devices} for "
+            "--model-devices; choose a divisor."
+        )
+    grid = np.array(devices).reshape(-1, model_devices)
+    return Mesh(grid, (BATCH, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def current_mesh() -> Mesh:
+    """The mesh of `use_mesh`, or else all devices, each with a copy of the parameters."""
+    mesh = _chosen.get()
+    return make_mesh() if mesh is None else mesh
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Train on this mesh inside the block."""
+    token = _chosen.set(mesh)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def spread_axis(shape: tuple[int, ...], parts: int) -> int | None:
+    """The axis along which an array is spread over the devices of one copy of the parameters.
+
+    It is the longest that divides into equal parts, the last of several; None for small arrays,
+    which are copied.
+    """
+    if parts == 1 or np.prod(shape) < _LEAST_SPREAD:
+        return None
+    possible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    return max(possible, key=lambda axis: (shape[axis], axis), default=None)
+
+
+def local_rows(count: int) -> slice:
+    """The rows of a batch of `count` that this process has to give to its devices.
+
+    Raises:
+        UserError: The batch cannot be spread evenly.
+    """
+    mesh = current_mesh()
+    shards = mesh.shape[BATCH]
+    if count % shards:
+        raise UserError(
+            f"a batch of {count} cannot be spread evenly over {shards} devices; choose a "
+            "multiple, or show jax fewer devices (CUDA_VISIBLE_DEVICES)."
+        )
+    parts = _batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    bounds = [part[0].indices(count)[:2] for part in parts if part is not None]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def over_shards(
+    function: Callable[..., Any], spread: tuple[bool, ...], out: tuple[bool, ...]
+) -> Any:
+    """The function, run by every device on its part of the batch.
+
+    Args:
+        function: It may average over the devices by `mean_over_shards`.
+        spread: Which arguments have the batch along axis 0; the others are whole on each device.
+        out: Which results have the batch along axis 0; the others have to be the same on each.
+
+    Returns:
+        The function of whole batches.
+    """
+
+    def specs(along_batch: tuple[bool, ...]) -> tuple[PartitionSpec, ...]:
+        return tuple(PartitionSpec(BATCH) if batch else PartitionSpec() for batch in along_batch)
+
+    return jax.shard_map(
+        function,
+        mesh=current_mesh(),
+        in_specs=specs(spread),
+        out_specs=specs(out),
+        axis_names={BATCH},
+        check_vma=False,  # loops of solves start from constants, which vary over no axis
+    )
+
+
+def mean_over_shards(tree: PyTree) -> PyTree:
+    """The mean over the parts of a batch, inside `over_shards`."""
+    return lax.pmean(tree, BATCH)
 
 
 class DataParallel:
-    """Places states and batches on all devices.
+    """Places states and batches on the devices of the current mesh."""
 
-    Args:
-        devices: The devices; None for all that jax sees.
-    """
-
-    def __init__(self, devices: list[jax.Device] | None = None):
-        devices = jax.devices() if devices is None else devices
-        self._count = len(devices)
-        mesh = Mesh(np.array(devices), (_AXIS,))
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._spread = NamedSharding(mesh, PartitionSpec(_AXIS))
+    def __init__(self) -> None:
+        self._mesh = current_mesh()
 
     def compile(self, update: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]) -> Any:
         """`update(state, batch) -> (state, metrics)`, compiled; the old state is given up."""
-        if self._count == 1:
+        if self._mesh.size == 1:
             return jax.jit(update, donate_argnums=0)
-        # Else XLA might leave parts of the new state on one device each.
-        return jax.jit(update, donate_argnums=0, out_shardings=(self._everywhere, None))
+        compiled: Any = None
+
+        def run(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+            nonlocal compiled
+            if compiled is None:
+                places = (self._shardings(state), NamedSharding(self._mesh, PartitionSpec()))
+                compiled = jax.jit(update, donate_argnums=0, out_shardings=places)
+            return compiled(state, batch)
+
+        return run
 
     def replicate(self, state: PyTree) -> PyTree:
-        """The state on every device."""
-        return state if self._count == 1 else jax.device_put(state, self._everywhere)
+        """The state of process 0 on the devices, copied or spread."""
+        if self._mesh.size == 1:
+            return state
+        return jax.tree.map(hosts.place, state, self._shardings(state))
 
     def spread(self, batch: PyTree) -> PyTree:
-        """The batch with the first axis of each leaf spread over the devices, in equal parts.
-
-        Raises:
-            UserError: A leaf's first axis is not divisible by the number of devices.
-        """
-        if self._count == 1:
+        """The batch over the devices, given this process's rows of it (`local_rows`)."""
+        if self._mesh.size == 1:
             return batch
-        sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
-        uneven = [size for size in sizes if size % self._count]
-        if uneven:
-            raise UserError(
-                f"a batch of {uneven[0]} cannot be spread evenly over {self._count} devices; "
-                "choose a multiple, or show jax fewer devices (CUDA_VISIBLE_DEVICES)."
-            )
-        return jax.device_put(batch, self._spread)
+        sharding = _batch_sharding(self._mesh)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+        )
+
+    def _shardings(self, state: PyTree) -> PyTree:
+        def sharding(leaf: Any) -> NamedSharding:
+            axis = spread_axis(leaf.shape, self._mesh.shape[MODEL])
+            names = [MODEL if place == axis else None for place in range(leaf.ndim)]
+            return NamedSharding(self._mesh, PartitionSpec(*names))
+
+        return jax.tree.map(sharding, state)
+
+
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH))

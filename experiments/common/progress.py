@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.common import hosts
 from experiments.common.terminal import console, say
 
 _LINES = 10  # lines a training leaves in a log file
@@ -34,7 +35,7 @@ class TrainingProgress(Protocol):
 @contextmanager
 def training_progress(steps: int, start: int) -> Iterator[TrainingProgress]:
     """The progress of steps `start` to `steps`, with rate and remaining time."""
-    if not console.is_terminal:
+    if not (console.is_terminal and hosts.is_first()):
         yield _Lines(steps, start)
         return
     columns = (

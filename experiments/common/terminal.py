@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from experiments.common import hosts
+
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """Print a line; square brackets in it are text, not markup."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Print a line, on process 0 alone; square brackets in it are text, not markup."""
+    if hosts.is_first():
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -19,7 +19,8 @@ from jax import Array
 
 from experiments.common.data import ImageData, Split, batches
 from experiments.common.runs import RunDirectory
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.step import Given, Measured, TrainState, training_step
+from experiments.common.training import Schedule, fit
 from experiments.generative.config import Config
 from experiments.generative.problem import restore_part
 from jdeq.nn import Conv
@@ -61,13 +62,6 @@ class Classifier(nnx.Module):
     def __call__(self, images: Array) -> Array:
         """Logits, [B, classes]."""
         return self.logits(self.features(images))
-
-
-class ClassifierState(NamedTuple):
-    """What a training step changes."""
-
-    params: PyTree
-    optimizer: optax.OptState
 
 
 class FeatureExtractor(NamedTuple):
@@ -117,21 +111,17 @@ def train_classifier(config: Config, run: RunDirectory, data: ImageData) -> None
     seed = run.record.seed
     graph, params, classes = _build(data, seed)
     labels = jnp.asarray(classes)
+
+    def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
+        logits = nnx.merge(graph, params)(given.batch["image"])
+        wanted = jnp.searchsorted(labels, given.batch["label"])
+        mean = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted))
+        return mean, Measured({"loss": mean})
+
     optimizer = _optimizer(config)
-
-    def loss(params: PyTree, batch: dict[str, Array]) -> Array:
-        logits = nnx.merge(graph, params)(batch["image"])
-        wanted = jnp.searchsorted(labels, batch["label"])
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted))
-
-    def update(state: ClassifierState, batch: dict[str, Array]) -> tuple[ClassifierState, Metrics]:
-        value, gradient = jax.value_and_grad(loss)(state.params, batch)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        return ClassifierState(optax.apply_updates(state.params, updates), memory), {"loss": value}
-
     fit(
-        update,
-        ClassifierState(params, optimizer.init(params)),
+        training_step(jax.grad(loss, has_aux=True), optimizer),
+        TrainState.start(params, optimizer, seed),
         batches(data.train, min(_BATCH, len(data.train)), seed),
         run.part(PART),
         Schedule(config.classifier_steps, config.log_every, config.checkpoint_every),
@@ -146,8 +136,8 @@ def load_classifier(config: Config, run: RunDirectory, data: ImageData) -> Featu
         ValueError: The data set has no labels.
     """
     graph, params, classes = _build(data, run.record.seed)
-    template = ClassifierState(params, _optimizer(config).init(params))
-    restored = restore_part(run, PART, jax.eval_shape(lambda: template))
+    template = jax.eval_shape(lambda: TrainState.start(params, _optimizer(config), run.record.seed))
+    restored = restore_part(run, PART, template)
     return FeatureExtractor(graph, restored.state.params, classes)
 
 

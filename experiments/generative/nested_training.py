@@ -7,19 +7,19 @@ the joint training does.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 import jdeq
 from experiments.common.data import ImageData, Split, batches
 from experiments.common.optimisers import cosine_adam
 from experiments.common.runs import RunDirectory
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.step import Given, Measured, TrainState, Update, training_step
+from experiments.common.training import Schedule, fit
 from experiments.generative.config import Config
 from experiments.generative.inference import filled
 from experiments.generative.problem import (
@@ -36,37 +36,17 @@ PyTree = Any
 PART = "nested"
 
 
-class NestedState(NamedTuple):
-    """What a training step changes."""
-
-    params: PyTree
-    optimizer: optax.OptState
-    key: Array
-
-
-def initial_state(config: Config, params: PyTree, seed: int) -> NestedState:
+def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
     """What training starts from, given the initial parameters."""
-    memory = outer_optimizer(config, config.nested_steps).init(params)
-    return NestedState(params, memory, jax.random.key(seed))
+    return TrainState.start(params, outer_optimizer(config, config.nested_steps), seed)
 
 
 def train_nested(config: Config, run: RunDirectory, data: ImageData) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     seed = run.record.seed
     generator, params = build_generator(config, data.shape, seed, mean_image(data))
-    optimizer = outer_optimizer(config, config.nested_steps)
-
-    def update(state: NestedState, batch: dict[str, Array]) -> tuple[NestedState, Metrics]:
-        key, probes = jax.random.split(state.key)
-        gradient, metrics = jax.grad(nested_loss, has_aux=True)(
-            state.params, generator, config, batch["image"], probes
-        )
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        params = generator.contract(optax.apply_updates(state.params, updates))
-        return NestedState(params, memory, key), metrics
-
     fit(
-        update,
+        step_of(config, generator),
         initial_state(config, params, seed),
         batches(data.train, config.batch_size, seed),
         run.part(PART),
@@ -74,9 +54,22 @@ def train_nested(config: Config, run: RunDirectory, data: ImageData) -> None:
     )
 
 
+def step_of(config: Config, generator: Generator) -> Update:
+    """The training step."""
+
+    def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
+        return nested_loss(params, generator, config, given.batch["image"], given.keys)
+
+    return training_step(
+        jax.grad(loss, has_aux=True),
+        outer_optimizer(config, config.nested_steps),
+        contract=generator.contract,
+    )
+
+
 def nested_loss(
-    params: PyTree, generator: Generator, config: Config, images: Array, key: Array
-) -> tuple[Array, Metrics]:
+    params: PyTree, generator: Generator, config: Config, images: Array, keys: Array
+) -> tuple[Array, Measured]:
     """Mean optimal objective plus the Jacobian penalty, as `training_loss` of the joint training.
 
     The gradient is that of the Lagrangian `l + mu . f` at the solution of the nested solve.
@@ -93,15 +86,13 @@ def nested_loss(
     lagrangian = jnp.mean(objective) + coupling / len(images)
     if config.jacobian_weight:
         penalty = jdeq.regularization.jacobian_frobenius(
-            generator.problem.cell, params, z, x, key, probes=config.jacobian_probes
+            generator.problem.cell, params, z, x, keys, probes=config.jacobian_probes
         )
         lagrangian += config.jacobian_weight * jnp.mean(penalty)
     error = jnp.mean(squared_error(generator.decode(params, z), images))
-    return lagrangian, {
-        "loss": jnp.mean(objective),
-        "mean_squared_error": error / images[0].size,
-        "kkt_stationarity": jnp.median(solution.residual.stationarity),
-    }
+    means = {"loss": jnp.mean(objective), "mean_squared_error": error / images[0].size}
+    medians = {"kkt_stationarity": solution.residual.stationarity}
+    return lagrangian, Measured(means, medians)
 
 
 def solve_nested(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 import jdeq
 from experiments.common.data import ImageData, batches, load_images
 from experiments.common.runs import RunDirectory
+from experiments.common.step import Given, Measured, TrainState, Update, training_step
 from experiments.common.terminal import say
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.training import Schedule, fit
 from experiments.generative.classifier import train_classifier
 from experiments.generative.config import Config
 from experiments.generative.nested_training import train_nested
@@ -30,22 +30,6 @@ from experiments.generative.vae import train_vae
 from jdeq.joint import StartStore, starts
 
 PyTree = Any
-
-
-class TrainState(NamedTuple):
-    """What a training step changes.
-
-    Attributes:
-        params: Parameters of the generator.
-        optimizer: State of AdamW on them.
-        key: PRNG key of the Jacobian penalty's probes.
-        latents: Store of the last x of training images, or None.
-    """
-
-    params: PyTree
-    optimizer: optax.OptState
-    key: Array
-    latents: StartStore | None
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
@@ -69,24 +53,8 @@ def train_joint(config: Config, run: RunDirectory, data: ImageData) -> None:
     """Train the generator to the last step, from the newest checkpoint if there is one."""
     seed = run.record.seed
     generator, params = build_generator(config, data.shape, seed, mean_image(data))
-    optimizer = outer_optimizer(config, config.steps)
-
-    def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        key, probes = jax.random.split(state.key)
-        x0 = starting_latents(state, generator, batch)
-        gradient, (metrics, solution) = jax.grad(training_loss, has_aux=True)(
-            state.params, generator, config, batch["image"], probes, x0
-        )
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        params = generator.contract(optax.apply_updates(state.params, updates))
-        latents = state.latents
-        if latents is not None:
-            latents = starts.update(latents, batch["index"], solution)
-        return TrainState(params, memory, key, latents), metrics
-
     fit(
-        update,
+        step_of(config, generator),
         initial_state(config, params, seed),
         batches(data.train, config.batch_size, seed),
         run,
@@ -94,27 +62,49 @@ def train_joint(config: Config, run: RunDirectory, data: ImageData) -> None:
     )
 
 
+def step_of(config: Config, generator: Generator) -> Update:
+    """The training step."""
+
+    def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
+        x0 = starting_latents(given.memory, generator, params, given.batch)
+        return training_loss(params, generator, config, given.batch["image"], given.keys, x0)
+
+    def remember(latents: StartStore, batch: dict[str, Array], found: jdeq.Solution) -> StartStore:
+        return starts.update(latents, batch["index"], found)
+
+    return training_step(
+        jax.grad(loss, has_aux=True),
+        outer_optimizer(config, config.steps),
+        contract=generator.contract,
+        remember=remember if config.warm_starts else None,
+    )
+
+
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
-    """What training starts from, given the initial parameters."""
+    """What training starts from, given the initial parameters.
+
+    Its memory is the store of the last x of training images, or None.
+    """
     latents = None
     if config.warm_starts:
         like = jdeq.AugmentedState(None, jnp.zeros((1, config.latent_dim)), None)
         latents = starts.init(like, config.warm_starts, keep=("x",))
-    memory = outer_optimizer(config, config.steps).init(params)
-    return TrainState(params, memory, jax.random.key(seed), latents)
+    return TrainState.start(params, outer_optimizer(config, config.steps), seed, latents)
 
 
-def starting_latents(state: TrainState, generator: Generator, batch: dict[str, Array]) -> Array:
+def starting_latents(
+    latents: StartStore | None, generator: Generator, params: PyTree, batch: dict[str, Array]
+) -> Array:
     """The first x of a batch: what each image's last solve found, or zero."""
-    x0, _ = generator.start(state.params, len(batch["image"]))
-    if state.latents is None:
+    x0, _ = generator.start(params, len(batch["image"]))
+    if latents is None:
         return x0
-    return starts.lookup(state.latents, batch["index"], jdeq.AugmentedState(None, x0, None)).x
+    return starts.lookup(latents, batch["index"], jdeq.AugmentedState(None, x0, None)).x
 
 
 def training_loss(
-    params: PyTree, generator: Generator, config: Config, images: Array, key: Array, x0: Array
-) -> tuple[Array, tuple[Metrics, jdeq.Solution]]:
+    params: PyTree, generator: Generator, config: Config, images: Array, keys: Array, x0: Array
+) -> tuple[Array, Measured]:
     """Mean optimal objective of the images, plus the Jacobian penalty at their equilibria.
 
     Args:
@@ -122,11 +112,11 @@ def training_loss(
         generator: Its network.
         config: Settings.
         images: [B, H, W, C] in [0, 1].
-        key: PRNG key of the penalty's probes.
+        keys: PRNG keys of the penalty's probes, [B].
         x0: First latents, [B, latent_dim].
 
     Returns:
-        (loss, (metrics, solution of the input problems)); the gradient of the loss is the envelope
+        (loss, metrics and the input problems' solution); the gradient of the loss is the envelope
         gradient, exact up to the residuals among the metrics.
     """
     _, z0 = generator.start(params, len(images))
@@ -142,19 +132,17 @@ def training_loss(
     z, x, _ = solution.value
     jacobian = jnp.mean(
         jdeq.regularization.jacobian_frobenius(
-            generator.problem.cell, params, z, x, key, probes=config.jacobian_probes
+            generator.problem.cell, params, z, x, keys, probes=config.jacobian_probes
         )
     )
     loss = jnp.mean(values) + config.jacobian_weight * jacobian
     error = jnp.mean(squared_error(generator.decode(params, z), images)) / images[0].size
-    metrics = {
+    means = {
         "loss": loss,
         "objective": jnp.mean(values),
         "mean_squared_error": error,
         "jacobian": jacobian,
-        "kkt_state": jnp.median(solution.residual.state),
-        "kkt_adjoint": jnp.median(solution.residual.adjoint),
-        "kkt_stationarity": jnp.median(solution.residual.stationarity),
         "failed": jnp.mean(solution.result >= jdeq.Result.diverged),
     }
-    return loss, (metrics, solution)
+    medians = {f"kkt_{block}": each for block, each in solution.residual._asdict().items()}
+    return loss, Measured(means, medians, solution)

@@ -17,14 +17,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 
 import jdeq
 from experiments.common.data import ImageData, batches
 from experiments.common.runs import RunDirectory
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.step import (
+    Given,
+    Measured,
+    TrainState,
+    Update,
+    split_each,
+    training_step,
+)
+from experiments.common.training import Schedule, fit
 from experiments.generative.config import Config
 from experiments.generative.inference import filled
 from experiments.generative.problem import (
@@ -89,15 +96,6 @@ class Parameters(NamedTuple):
     encoder: PyTree
 
 
-class VAEState(NamedTuple):
-    """What a training step changes; `step` counts them for the warm-up."""
-
-    params: Parameters
-    optimizer: optax.OptState
-    key: Array
-    step: Array
-
-
 @dataclass(frozen=True, eq=False)
 class VAE:
     """The autoencoder without its parameters."""
@@ -146,30 +144,17 @@ def build_vae(
     return VAE(generator, graph), Parameters(params, encoder_params)
 
 
-def initial_state(config: Config, params: Parameters, seed: int) -> VAEState:
+def initial_state(config: Config, params: Parameters, seed: int) -> TrainState:
     """What training starts from, given the initial parameters."""
-    memory = outer_optimizer(config, config.vae_steps).init(params)
-    return VAEState(params, memory, jax.random.key(seed), jnp.zeros((), jnp.int32))
+    return TrainState.start(params, outer_optimizer(config, config.vae_steps), seed)
 
 
 def train_vae(config: Config, run: RunDirectory, data: ImageData) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     seed = run.record.seed
     vae, params = build_vae(config, data.shape, seed, mean_image(data))
-    optimizer = outer_optimizer(config, config.vae_steps)
-
-    def update(state: VAEState, batch: dict[str, Array]) -> tuple[VAEState, Metrics]:
-        key, noise = jax.random.split(state.key)
-        gradient, metrics = jax.grad(vae_loss, has_aux=True)(
-            state.params, vae, config, batch["image"], noise, state.step
-        )
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params = params._replace(generator=vae.generator.contract(params.generator))
-        return VAEState(params, memory, key, state.step + 1), metrics
-
     fit(
-        update,
+        step_of(config, vae),
         initial_state(config, params, seed),
         batches(data.train, config.batch_size, seed),
         run.part(PART),
@@ -177,9 +162,25 @@ def train_vae(config: Config, run: RunDirectory, data: ImageData) -> None:
     )
 
 
+def step_of(config: Config, vae: VAE) -> Update:
+    """The training step."""
+
+    def loss(params: Parameters, given: Given) -> tuple[Array, Measured]:
+        return vae_loss(params, vae, config, given.batch["image"], given.keys, given.step)
+
+    def contract(params: Parameters) -> Parameters:
+        return params._replace(generator=vae.generator.contract(params.generator))
+
+    return training_step(
+        jax.grad(loss, has_aux=True),
+        outer_optimizer(config, config.vae_steps),
+        contract=contract,
+    )
+
+
 def vae_loss(
-    params: Parameters, vae: VAE, config: Config, images: Array, key: Array, step: Array
-) -> tuple[Array, Metrics]:
+    params: Parameters, vae: VAE, config: Config, images: Array, keys: Array, step: Array
+) -> tuple[Array, Measured]:
     """Mean of squared error plus weighted divergence, plus the generator's Jacobian penalty.
 
     Args:
@@ -187,15 +188,16 @@ def vae_loss(
         vae: Their networks.
         config: Settings.
         images: [B, H, W, C] in [0, 1].
-        key: PRNG key of the latents and of the penalty's probes.
+        keys: PRNG keys of the latents and of the penalty's probes, [B].
         step: Training steps done, which the warm-up of the divergence goes by.
 
     Returns:
         (loss, metrics).
     """
-    draw, probes = jax.random.split(key)
+    draws, probes = split_each(keys)
     mean, log_variance = vae.encode(params, images)
-    x = mean + jnp.exp(log_variance / 2) * jax.random.normal(draw, mean.shape)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(draws)
+    x = mean + jnp.exp(log_variance / 2) * noise
     generator, decoder = vae.generator, params.generator
     _, z0 = generator.start(decoder, len(images))
     cell = generator.problem.cell
@@ -211,11 +213,12 @@ def vae_loss(
             cell, decoder, z, x, probes, probes=config.jacobian_probes
         )
         loss += config.jacobian_weight * jnp.mean(penalty)
-    return loss, {
+    means = {
         "loss": loss,
         "mean_squared_error": error / images[0].size,
         "divergence": jnp.mean(divergence),
     }
+    return loss, Measured(means)
 
 
 def load_vae(

@@ -16,6 +16,7 @@ from experiments.common.devices import device_name
 from experiments.common.errors import UserError
 from experiments.common.metrics import psnr
 from experiments.common.runs import RunDirectory
+from experiments.common.step import TrainState
 from experiments.common.terminal import say
 from experiments.inverse import figures
 from experiments.inverse.classical import best_weight, restore_classically
@@ -24,7 +25,7 @@ from experiments.inverse.measurements import KINDS
 from experiments.inverse.problem import Parameters, Prior
 from experiments.inverse.solvers import Batch, Method, Restored, Solver
 from experiments.inverse.source import Source, load_source
-from experiments.inverse.train import TrainState, initial_state
+from experiments.inverse.train import initial_state
 from experiments.inverse.tuning import (
     Choice,
     batch_of,
@@ -111,9 +112,9 @@ def _evaluate(
     config, source, state, solver = study.config, study.source, study.state, study.solver
     kind = KINDS[name]
     tuning, batch = batch_of(name, validation), batch_of(name, test)
-    penalty = float(state.penalty[number])
-    trained = Parameters(jax.tree.map(lambda leaf: leaf[number], state.params), state.prior)
-    plain = Parameters(source.joint, state.prior)
+    penalty = float(state.memory.penalty[number])
+    trained = Parameters(jax.tree.map(lambda leaf: leaf[number], state.params), state.memory.prior)
+    plain = Parameters(source.joint, state.memory.prior)
 
     joint = [Method("joint", steps) for steps in config.joint_steps]
     nested = [Method("nested", steps) for steps in config.nested_steps]

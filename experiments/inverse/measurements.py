@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from experiments.common.errors import UserError
+from experiments.common.step import split_each
 
 _BOX = 20 / 64  # side of the hidden box over that of the image (published: 20x20 at 64x64)
 
@@ -96,22 +97,21 @@ def setting(kind: Kind, image_shape: tuple[int, int, int]) -> Setting:
     )
 
 
-def corrupt(at: Setting, images: Array, key: Array) -> tuple[Array, Measurement]:
-    """(what is observed of images [B, H, W, C] in [0, 1], how).
+def corrupt(at: Setting, images: Array, keys: Array) -> tuple[Array, Measurement]:
+    """(what is observed of images [B, H, W, C] in [0, 1], how); PRNG keys [B].
 
     Noise is not clipped: observed values may lie outside [0, 1].
     """
-    count = len(images)
-    place, noise = jax.random.split(key)
-    box = jax.vmap(lambda key: box_mask(key, (images.shape[1], images.shape[2])))(
-        jax.random.split(place, count)
-    )
+    count, *shape = images.shape
+    places, draws = split_each(keys)
+    box = jax.vmap(lambda key: box_mask(key, (shape[0], shape[1])))(places)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(draws)
     measurement = Measurement(
         jnp.where(at.boxed, box, 1.0)[..., None],
         jnp.broadcast_to(at.rows, (count, *at.rows.shape)),
         jnp.broadcast_to(at.columns, (count, *at.columns.shape)),
     )
-    added = at.noise * measurement.mask * jax.random.normal(noise, images.shape)
+    added = at.noise * measurement.mask * noise
     return measure(measurement, images) + added, measurement
 
 

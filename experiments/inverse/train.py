@@ -18,8 +18,17 @@ from jax import Array
 import jdeq
 from experiments.common.data import batches
 from experiments.common.runs import RunDirectory, is_trained
+from experiments.common.step import (
+    Given,
+    Measured,
+    Metrics,
+    TrainState,
+    Update,
+    split_each,
+    training_step,
+)
 from experiments.common.terminal import say
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.training import Schedule, fit
 from experiments.generative.problem import squared_error
 from experiments.inverse.config import Config
 from experiments.inverse.measurements import KINDS, Setting, corrupt, setting
@@ -31,20 +40,14 @@ from experiments.inverse.tuning import choose_penalties
 PyTree = Any
 
 
-class TrainState(NamedTuple):
-    """What a training step changes, and what it takes from before; problems along axis 0.
+class Fixed(NamedTuple):
+    """What training takes from before and leaves as it is: the memory of its state.
 
     Attributes:
-        params: Parameters of each problem's generator.
-        optimizer: State of AdamW on them.
-        key: PRNG key of the corruptions.
-        prior: Of the latents of the generator without a task; constant.
-        penalty: Of each problem, [P]; constant.
+        prior: Of the latents of the generator without a task.
+        penalty: Of each problem, [P].
     """
 
-    params: PyTree
-    optimizer: optax.OptState
-    key: Array
     prior: Prior
     penalty: Array
 
@@ -63,7 +66,7 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     penalty = jnp.asarray([found[name] for name in KINDS], jnp.float32)
     say(f"training {len(KINDS)} generators for their tasks")
     fit(
-        update_of(config, source),
+        step_of(config, source),
         initial_state(config, source.joint, prior, penalty, run.record.seed),
         batches(source.data.train, config.batch_size, run.record.seed),
         run,
@@ -74,43 +77,48 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
 def initial_state(
     config: Config, params: PyTree, prior: Prior, penalty: Array, seed: int
 ) -> TrainState:
-    """What training starts from: for every problem the generator without a task."""
+    """What training starts from: for every problem the generator without a task.
+
+    Parameters and the optimiser's state have the problems along axis 0.
+    """
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(KINDS)), params)
-    memory = jax.vmap(_optimizer(config).init)(stacked)
-    return TrainState(stacked, memory, jax.random.key(seed), prior, penalty)
+    return TrainState.start(stacked, _optimizer(config), seed, Fixed(prior, penalty))
 
 
-def update_of(config: Config, source: Source) -> Any:
-    """The training step, `update(state, batch) -> (state, metrics)`."""
-    optimizer = _optimizer(config)
+def step_of(config: Config, source: Source) -> Update:
+    """The training step."""
     problem = inverse_problem(source.generator)
     settings = [setting(kind, source.data.shape) for kind in KINDS.values()]
     stacked: Setting = jax.tree.map(lambda *leaves: jnp.stack(leaves), *settings)
 
-    def update(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        keys = jax.random.split(state.key, 1 + len(KINDS))
+    def gradient(params: PyTree, given: Given) -> tuple[PyTree, Measured]:
+        (prior, penalties), images = given.memory, given.batch["image"]
 
-        def one(of: tuple[PyTree, optax.OptState, Setting, Array, Array]) -> Any:
-            params, memory, at, penalty, key = of
-            gradient, metrics = jax.grad(task_loss, has_aux=True)(
-                params, problem, source, config, state.prior, at, penalty, batch["image"], key
+        def one(of: tuple[PyTree, Setting, Array, Array]) -> tuple[PyTree, Measured]:
+            params, at, penalty, keys = of
+            return jax.grad(task_loss, has_aux=True)(
+                params, problem, source, config, prior, at, penalty, images, keys
             )
-            updates, memory = optimizer.update(gradient, memory, params)
-            params = source.generator.contract(optax.apply_updates(params, updates))
-            return params, memory, metrics
 
         # One after the other: the program is compiled once for all problems.
-        each = (state.params, state.optimizer, stacked, state.penalty, keys[1:])
-        params, memory, rows = jax.lax.map(one, each)
-        metrics = {
-            f"{quantity}_{name}": values[number]
-            for quantity, values in rows.items()
-            for number, name in enumerate(KINDS)
-        }
-        metrics["loss"] = jnp.mean(rows["loss"])
-        return TrainState(params, memory, keys[0], state.prior, state.penalty), metrics
+        keys = jnp.stack(split_each(given.keys, len(KINDS)))
+        found, rows = jax.lax.map(one, (params, stacked, penalties, keys))
+        means = {**_by_problem(rows.means), "loss": jnp.mean(rows.means["loss"])}
+        return found, Measured(means, _by_problem(rows.medians))
 
-    return update
+    def contract(params: PyTree) -> PyTree:
+        return jax.lax.map(source.generator.contract, params)
+
+    return training_step(gradient, _optimizer(config), contract=contract)
+
+
+def _by_problem(rows: Metrics) -> Metrics:
+    """One metric for every problem, given all along axis 0."""
+    return {
+        f"{quantity}_{name}": values[number]
+        for quantity, values in rows.items()
+        for number, name in enumerate(KINDS)
+    }
 
 
 def task_loss(
@@ -122,8 +130,8 @@ def task_loss(
     at: Setting,
     penalty: Array,
     images: Array,
-    key: Array,
-) -> tuple[Array, Metrics]:
+    keys: Array,
+) -> tuple[Array, Measured]:
     """Mean squared error (summed over pixels) to the clean images, plus the Jacobian penalty.
 
     Args:
@@ -135,13 +143,13 @@ def task_loss(
         at: The problem.
         penalty: Of the latents, [].
         images: Clean images, [B, H, W, C] in [0, 1].
-        key: PRNG key of the corruption.
+        keys: PRNG keys of the corruptions and of the penalty's probes, [B].
 
     Returns:
         (loss, metrics).
     """
-    corruption, probes = jax.random.split(key)
-    observed, how = corrupt(at, images, corruption)
+    corruptions, probes = split_each(keys)
+    observed, how = corrupt(at, images, corruptions)
     generator = source.generator
     _, z0 = generator.start(params, len(images))
     u0 = jnp.zeros((len(images), generator.latent_dim))
@@ -158,23 +166,23 @@ def task_loss(
     )
     z = solution.value.z
     loss = jnp.mean(squared_error(generator.decode(params, z), images))
-    metrics = {
-        "loss": loss,
-        "kkt_state": jnp.median(solution.residual.state),
-        "kkt_stationarity": jnp.median(solution.residual.stationarity),
-    }
+    residual = solution.residual
+    medians = {"kkt_state": residual.state, "kkt_stationarity": residual.stationarity}
+    measured = Measured({"loss": loss}, medians)
     if source.config.jacobian_weight:
         x = prior.latents(jax.lax.stop_gradient(solution.value.x))
         jacobian = jdeq.regularization.jacobian_frobenius(
             generator.problem.cell, params, z, x, probes, probes=source.config.jacobian_probes
         )
         loss += source.config.jacobian_weight * jnp.mean(jacobian)
-    return loss, metrics
+    return loss, measured
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
+    """Of each problem by itself."""
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    return optax.chain(
+    one = optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
         optax.adamw(rate, weight_decay=config.weight_decay),
     )
+    return optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))

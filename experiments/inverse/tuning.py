@@ -62,7 +62,8 @@ def batch_of(name: str, images: np.ndarray) -> Batch:
     kind = KINDS[name]
     key = jax.random.fold_in(jax.random.key(_SEED), list(KINDS).index(name))
     clean = jnp.asarray(images)
-    observed, how = corrupt(setting(kind, images.shape[1:]), clean, key)
+    keys = jax.random.split(key, len(clean))
+    observed, how = corrupt(setting(kind, images.shape[1:]), clean, keys)
     return Batch(images, observed, how)
 
 
@@ -131,7 +132,8 @@ def _model_error(
     """Mean squared error of reconstructions of clean images, all of whose pixels are seen."""
     clean = jnp.asarray(images)
     plain = KINDS["denoise02"]._replace(noise=0.0)
-    observed, how = corrupt(setting(plain, images.shape[1:]), clean, jax.random.key(_SEED))
+    keys = jax.random.split(jax.random.key(_SEED), len(clean))
+    observed, how = corrupt(setting(plain, images.shape[1:]), clean, keys)
     batch = Batch(images, observed, how)
     made = solver.restore(method, rate, params, 0.0, batch).images
     return float(batch.squared_errors(made).mean())

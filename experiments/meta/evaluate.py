@@ -15,6 +15,7 @@ from experiments.common.data.omniglot import load_one_shot_runs
 from experiments.common.devices import device_name
 from experiments.common.errors import UserError
 from experiments.common.runs import RunDirectory
+from experiments.common.step import TrainState
 from experiments.common.terminal import say
 from experiments.meta import figures
 from experiments.meta.accuracy import Outputs, learner_outputs, mean_and_interval, scores
@@ -25,7 +26,7 @@ from experiments.meta.gradient_error import gradient_error
 from experiments.meta.problem import Learner, build_learner
 from experiments.meta.speed import measure_solves, seconds_of_steps
 from experiments.meta.tasks import TaskSource, load_tasks
-from experiments.meta.train import BaselineState, initial_state, outer_optimizer
+from experiments.meta.train import initial_state, outer_optimizer
 
 PyTree = Any
 
@@ -108,7 +109,7 @@ def _baselines(
     for kind, steps in config.baselines:
         model, params = build_baseline(kind, config, shape, run.record.seed)
         optimizer = outer_optimizer(config, steps)
-        template = BaselineState(params, optimizer.init(params))
+        template = TrainState.start(params, optimizer, run.record.seed)
         restored = restore_newest(run.part(kind).checkpoints, template, discard=False)
         if restored is None:
             say(f"{kind} is not trained yet: it is left out.")

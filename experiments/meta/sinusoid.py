@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from experiments.common.data.tasks import Tasks
+from experiments.common.data.tasks import Tasks, stack, task_batches
 
 _AMPLITUDE = (0.1, 5.0)
 _PHASE = (0.0, np.pi)
 _RANGE = (-5.0, 5.0)
-_ENDLESS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class SinusoidSampler:
 
     def batches(self, size: int) -> grain.DatasetIterator:
         """Endless batches of `Tasks`, in order, with `get_state` and `set_state`."""
-        return iter(grain.MapDataset.range(_ENDLESS).map(self.draw).batch(size).to_iter_dataset())
+        return iter(task_batches(self.draw, size).to_iter_dataset())
 
     def first(self, count: int, start: int = 0) -> Tasks:
         """Tasks `start` to `start + count`, as one batch."""
-        drawn = [self.draw(start + number) for number in range(count)]
-        return Tasks(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
+        return stack([self.draw(start + number) for number in range(count)])

@@ -132,6 +132,7 @@ def _gradient(learner: Learner) -> Any:
     """The compiled outer gradient of (params, tasks)."""
 
     def gradient(params: PyTree, tasks: Tasks) -> PyTree:
-        return jax.grad(outer_loss, has_aux=True)(params, learner, tasks, jax.random.key(0))[0]
+        keys = jax.random.split(jax.random.key(0), len(tasks.support))
+        return jax.grad(outer_loss, has_aux=True)(params, learner, tasks, keys)[0]
 
     return jax.jit(gradient)

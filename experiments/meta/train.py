@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,40 +13,15 @@ from jax import Array
 import jdeq
 from experiments.common.data.tasks import Tasks
 from experiments.common.runs import RunDirectory
+from experiments.common.step import Given, Measured, TrainState, Update, training_step
 from experiments.common.terminal import say
-from experiments.common.training import Metrics, Schedule, fit
+from experiments.common.training import Schedule, fit
 from experiments.meta.baselines import Model, build_baseline
 from experiments.meta.config import Config
 from experiments.meta.problem import Learner, build_learner, losses_of
 from experiments.meta.tasks import load_tasks
 
 PyTree = Any
-
-
-class TrainState(NamedTuple):
-    """What a training step changes.
-
-    Attributes:
-        params: Parameters of the learner.
-        optimizer: State of AdamW on them.
-        key: PRNG key of the Jacobian penalty's probes.
-    """
-
-    params: PyTree
-    optimizer: optax.OptState
-    key: Array
-
-
-class BaselineState(NamedTuple):
-    """What a training step of a baseline changes.
-
-    Attributes:
-        params: Its parameters.
-        optimizer: State of AdamW on them.
-    """
-
-    params: PyTree
-    optimizer: optax.OptState
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
@@ -75,49 +50,39 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
         optimizer = outer_optimizer(config, steps)
         fit(
             baseline_step(model, config, optimizer),
-            BaselineState(params, optimizer.init(params)),
+            TrainState.start(params, optimizer, seed),
             source.training(config, seed),
             run.part(kind),
             Schedule(steps, config.log_every, config.checkpoint_every),
         )
 
 
-def baseline_step(model: Model, config: Config, optimizer: optax.GradientTransformation) -> Any:
-    """`update(state, tasks) -> (state, metrics)` of a baseline."""
+def baseline_step(model: Model, config: Config, optimizer: optax.GradientTransformation) -> Update:
+    """The training step of a baseline."""
 
-    def loss(params: PyTree, tasks: Tasks) -> tuple[Array, Metrics]:
+    def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
+        tasks = given.batch
         target, wanted = tasks.support_label, tasks.query_label
         if not model.regression:
             target, wanted = (jax.nn.one_hot(label, config.ways) for label in (target, wanted))
         outputs = model.outputs(params, tasks.support, target, tasks.query)
         mean = jnp.mean(losses_of(outputs, wanted, model.regression))
-        metrics = {"loss": mean}
+        means = {"loss": mean}
         if not model.regression:
-            metrics["accuracy"] = jnp.mean(jnp.argmax(outputs, axis=-1) == tasks.query_label)
-        return mean, metrics
+            means["accuracy"] = jnp.mean(jnp.argmax(outputs, axis=-1) == tasks.query_label)
+        return mean, Measured(means)
 
-    def update(state: BaselineState, tasks: Tasks) -> tuple[BaselineState, Metrics]:
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.params, tasks)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        return BaselineState(optax.apply_updates(state.params, updates), memory), metrics
-
-    return update
+    return training_step(jax.grad(loss, has_aux=True), optimizer)
 
 
-def meta_step(learner: Learner) -> Any:
-    """`update(state, tasks) -> (state, metrics)` of the learner."""
-    config = learner.config
-    optimizer = outer_optimizer(config, config.steps)
+def meta_step(learner: Learner) -> Update:
+    """The training step of the learner."""
 
-    def update(state: TrainState, tasks: Tasks) -> tuple[TrainState, Metrics]:
-        key, probes = jax.random.split(state.key)
-        gradient, metrics = jax.grad(outer_loss, has_aux=True)(state.params, learner, tasks, probes)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        params = learner.contract(optax.apply_updates(state.params, updates))
-        return TrainState(params, memory, key), metrics
+    def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
+        return outer_loss(params, learner, given.batch, given.keys)
 
-    return update
+    optimizer = outer_optimizer(learner.config, learner.config.steps)
+    return training_step(jax.grad(loss, has_aux=True), optimizer, contract=learner.contract)
 
 
 def outer_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -131,18 +96,19 @@ def outer_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
     """What training starts from, given the initial parameters."""
-    memory = outer_optimizer(config, config.steps).init(params)
-    return TrainState(params, memory, jax.random.key(seed))
+    return TrainState.start(params, outer_optimizer(config, config.steps), seed)
 
 
-def outer_loss(params: PyTree, learner: Learner, tasks: Tasks, key: Array) -> tuple[Array, Metrics]:
+def outer_loss(
+    params: PyTree, learner: Learner, tasks: Tasks, keys: Array
+) -> tuple[Array, Measured]:
     """Mean loss on the queries of adapted tasks, plus the Jacobian penalty at the supports.
 
     Args:
         params: Parameters.
         learner: The learner.
         tasks: A batch.
-        key: PRNG key of the penalty's probes.
+        keys: PRNG keys of the penalty's probes, [B].
 
     Returns:
         (loss, metrics).
@@ -153,21 +119,18 @@ def outer_loss(params: PyTree, learner: Learner, tasks: Tasks, key: Array) -> tu
     outputs = learner.predict(params, solution.value, target, tasks.query)
     wanted = learner.target(tasks.query_label, config.ways)
     loss = jnp.mean(learner.losses(outputs, wanted))
-    metrics = {"query_loss": loss}
+    means = {"query_loss": loss}
     if not learner.regression:
-        metrics["accuracy"] = jnp.mean(jnp.argmax(outputs, axis=-1) == tasks.query_label)
+        means["accuracy"] = jnp.mean(jnp.argmax(outputs, axis=-1) == tasks.query_label)
     if config.jacobian_weight:
         z, x, _ = jax.lax.stop_gradient(solution.value)
         squares = jdeq.regularization.jacobian_frobenius(
-            learner.problem.cell, params, z, x, key, data=learner.inject(params, tasks.support)
+            learner.problem.cell, params, z, x, keys, data=learner.inject(params, tasks.support)
         )
-        metrics["jacobian"] = jnp.mean(squares)
-        loss = loss + config.jacobian_weight * metrics["jacobian"]
-    metrics["loss"] = loss
-    residual = solution.residual
-    metrics["support_objective"] = jnp.mean(solution.aux.objective)
-    metrics["kkt_state"] = jnp.median(residual.state)
-    metrics["kkt_adjoint"] = jnp.median(residual.adjoint)
-    metrics["kkt_stationarity"] = jnp.median(residual.stationarity)
-    metrics["failed"] = jnp.mean(solution.result >= jdeq.Result.diverged)
-    return loss, metrics
+        means["jacobian"] = jnp.mean(squares)
+        loss = loss + config.jacobian_weight * means["jacobian"]
+    means["loss"] = loss
+    means["support_objective"] = jnp.mean(solution.aux.objective)
+    means["failed"] = jnp.mean(solution.result >= jdeq.Result.diverged)
+    medians = {f"kkt_{block}": each for block, each in solution.residual._asdict().items()}
+    return loss, Measured(means, medians)

@@ -14,7 +14,7 @@ from PIL import Image
 from experiments.common.data.files import Files, Folder, ZipArchive
 from experiments.common.data.images import ImageData, Split, to_unit
 from experiments.common.data.location import damaged, missing
-from experiments.common.errors import UserError
+from experiments.common.errors import UserError, reason
 from experiments.common.terminal import warn
 
 _CROP = 148  # side of the centre crop, in pixels (REFERENCE: the published preparation)
@@ -87,6 +87,9 @@ class JpegImages:
         """The images of these indices: float32 [len(indices), H, W, 3] in [0, 1].
 
         In the place of a jpg that cannot be decoded stands the next one that can.
+
+        Raises:
+            UserError: A jpg, or the folder or archive, is not there any more or cannot be read.
         """
         if len(indices) == 0:
             return np.zeros((0, *self.shape), np.float32)
@@ -99,6 +102,11 @@ class JpegImages:
                 with self.files.open(name) as file, Image.open(file) as image:
                     return self._prepare(image)
             except (OSError, ValueError, zipfile.BadZipFile) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    # The system's, not Pillow's: others would take the place of all images.
+                    raise damaged(
+                        "celeba", f"{self.files.place}/{name}", f"cannot be read ({reason(error)})"
+                    ) from error
                 warn(f"{self.files.place}/{name} cannot be decoded ({error}): the next is used.")
         raise UserError(f"none of the {len(self.names)} jpgs of {self.files.place} can be decoded.")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from experiments.common.data.images import ArrayImages, ImageData, Split, no_resizing
 
@@ -20,6 +18,10 @@ def load(root: Path, size: tuple[int, int] | None = None) -> ImageData:
         root: Not used: the images are embedded in scikit-learn.
         size: None or (8, 8).
     """
+    # Other data sets need not wait for scikit-learn, which takes longer to import than the rest.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     del root
     no_resizing("digits", size, (8, 8))
     digits = load_digits()

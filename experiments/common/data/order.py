@@ -6,6 +6,7 @@ import grain
 import numpy as np
 
 from experiments.common.data.images import Split
+from experiments.common.parallel import local_rows
 
 
 def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
@@ -13,6 +14,9 @@ def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
 
     `get_state()` of the iterator is a small dictionary that JSON can hold; `set_state()` of it
     continues with the next batch, as if nothing had happened.
+
+    With several processes each reads its own rows of every batch; order and position are those of
+    one process that reads all.
 
     Args:
         split: Where the images and labels come from.
@@ -24,10 +28,14 @@ def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
         An iterator over {"image": float32 [batch_size, H, W, C] in [0, 1], "index": int32
         [batch_size], their places in the split}, with "label": int32 [batch_size] where the split
         has labels.
+
+    Raises:
+        UserError: The batch cannot be spread evenly over the devices.
     """
+    rows = local_rows(batch_size)
 
     def read(indices: list[int]) -> dict[str, np.ndarray]:
-        chosen = np.asarray(indices)
+        chosen = np.asarray(indices[rows])
         batch = {"image": split.images.read(chosen), "index": chosen.astype(np.int32)}
         if split.labels is not None:
             batch["label"] = split.labels[chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import grain
 import numpy as np
 
 from experiments.common.errors import UserError
+from experiments.common.parallel import local_rows
 
 _ENDLESS = 2**31 - 1  # tasks; no training draws as many
 
@@ -27,6 +29,22 @@ class Tasks(NamedTuple):
     support_label: Any
     query: Any
     query_label: Any
+
+
+def task_batches(draw: Callable[[int], Tasks], size: int) -> grain.MapDataset:
+    """Endless batches of tasks 0, 1, ..., of which each process draws its own rows.
+
+    Raises:
+        UserError: The batch cannot be spread evenly over the devices.
+    """
+    rows = local_rows(size)
+    numbers = grain.MapDataset.range(_ENDLESS).batch(size, batch_fn=list)
+    return numbers.map(lambda numbers: stack([draw(number) for number in numbers[rows]]))
+
+
+def stack(tasks: list[Tasks]) -> Tasks:
+    """Tasks as one batch."""
+    return Tasks(*(np.stack(parts) for parts in zip(*tasks, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +141,9 @@ class TaskSampler:
 
     def batches(self, size: int) -> grain.DatasetIterator:
         """Endless batches of `Tasks`, in order, with `get_state` and `set_state`."""
-        tasks = grain.MapDataset.range(_ENDLESS).map(self.draw).batch(size)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return iter(tasks.to_iter_dataset(options))
+        return iter(task_batches(self.draw, size).to_iter_dataset(options))
 
     def first(self, count: int, start: int = 0) -> Tasks:
         """Tasks `start` to `start + count`, as one batch."""
-        drawn = [self.draw(start + number) for number in range(count)]
-        return Tasks(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
+        return stack([self.draw(start + number) for number in range(count)])

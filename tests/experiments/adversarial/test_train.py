@@ -18,8 +18,8 @@ from experiments.adversarial.train import (
     initial_state,
     joint_attack,
     pgd_attack,
+    step_of,
     training_loss,
-    update,
 )
 from tests.experiments.adversarial.conftest import SIZES
 
@@ -64,10 +64,11 @@ def test_the_gradient_is_that_at_the_attacked_images(images, labels, model):
         return jnp.mean(cross_entropy(victim.network.predict(params, found), batch["label"]))
 
     expected = jax.jit(jax.value_and_grad(loss))(victim.params)
+    keys = jax.random.split(jax.random.key(0), len(images))
     (value, _), gradient = jax.jit(
         jax.value_and_grad(
             lambda params: training_loss(
-                params, CONFIG, victim.network, model, batch, jnp.float32(RADIUS), jax.random.key(0)
+                params, CONFIG, victim.network, model, batch, jnp.float32(RADIUS), keys
             ),
             has_aux=True,
         )
@@ -81,9 +82,7 @@ def test_the_gradient_is_that_at_the_attacked_images(images, labels, model):
 def test_a_step_keeps_the_cell_a_contraction_and_counts(victim, images, labels):
     batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
     state = initial_state(CONFIG, victim.params, 0)
-    new, metrics = jax.jit(
-        lambda state, batch: update(CONFIG, victim.network, "clean", state, batch)
-    )(state, batch)
+    new, metrics = jax.jit(step_of(CONFIG, victim.network, "clean"))(state, batch)
     assert int(new.step) == 1
     assert np.isfinite(float(metrics["loss"]))
     contracted = victim.network.contract(new.params)

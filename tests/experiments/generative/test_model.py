@@ -65,8 +65,9 @@ x0, _ = generator.start(params, 4)
 
 @jax.jit
 def step(params, memory):
-    gradient, (metrics, _) = jax.grad(training_loss, has_aux=True)(
-        params, generator, config, images, jax.random.key(1), x0
+    keys = jax.random.split(jax.random.key(1), 4)
+    gradient, (metrics, *_) = jax.grad(training_loss, has_aux=True)(
+        params, generator, config, images, keys, x0
     )
     updates, memory = optimizer.update(gradient, memory, params)
     return optax.apply_updates(params, updates), memory, metrics

@@ -32,9 +32,8 @@ def test_the_gradient_is_the_envelope_gradient():
         )
         return jnp.mean(values)
 
-    found = jax.grad(nested_loss, has_aux=True)(
-        params, generator, CONFIG, images, jax.random.key(0)
-    )[0]
+    keys = jax.random.split(jax.random.key(0), len(images))
+    found = jax.grad(nested_loss, has_aux=True)(params, generator, CONFIG, images, keys)[0]
     for one, other in zip(
         jax.tree.leaves(found), jax.tree.leaves(jax.grad(optimum)(params)), strict=True
     ):

@@ -21,6 +21,10 @@ CONFIG = replace(PRESETS["smoke"], hidden=24, latent_dim=4, jacobian_weight=0.0)
 SHAPE = (8, 8, 1)
 
 
+def keys_for(images):
+    return jax.random.split(jax.random.key(0), len(images))
+
+
 @pytest.fixture(scope="module")
 def built():
     return build_generator(CONFIG, SHAPE, seed=0)
@@ -71,7 +75,7 @@ def test_the_training_gradient_is_that_of_the_optimal_value(images):
 
     def loss(params):
         x0, _ = generator.start(params, len(images))
-        return training_loss(params, generator, config, images, jax.random.key(0), x0)[0]
+        return training_loss(params, generator, config, images, keys_for(images), x0)[0]
 
     gradient = jax.grad(loss)(params)
     along = float(optax.tree.norm(gradient))
@@ -86,11 +90,11 @@ def test_the_training_gradient_is_that_of_the_optimal_value(images):
 
 def test_the_jacobian_penalty_is_added_with_its_weight(built, images):
     generator, params = built
-    key = jax.random.key(0)
+    keys = keys_for(images)
     x0, _ = generator.start(params, len(images))
-    without, (metrics, _) = training_loss(params, generator, CONFIG, images, key, x0)
+    without, (metrics, *_) = training_loss(params, generator, CONFIG, images, keys, x0)
     config = replace(CONFIG, jacobian_weight=3.0)
-    with_penalty, _ = training_loss(params, generator, config, images, key, x0)
+    with_penalty, _ = training_loss(params, generator, config, images, keys, x0)
     assert metrics["jacobian"] > 0
     assert float(with_penalty - without) == pytest.approx(3 * float(metrics["jacobian"]), rel=1e-3)
     assert metrics["failed"] == 0
@@ -103,14 +107,13 @@ def test_images_seen_before_start_from_their_last_latent(images):
 
     def solve(index):
         batch = {"image": images[index], "index": jnp.array(index)}
-        x0 = starting_latents(state, generator, batch)
-        loss = training_loss(params, generator, config, batch["image"], jax.random.key(0), x0)
-        return x0, loss[1][1]
+        x0 = starting_latents(state.memory, generator, params, batch)
+        _, measured = training_loss(params, generator, config, batch["image"], keys_for(index), x0)
+        return x0, measured.found
 
     x0, first = solve([3, 1, 9])  # the last shares a slot with the first
     np.testing.assert_array_equal(x0, 0)
-    latents = starts.update(state.latents, jnp.array([3, 1, 9]), first)
-    state = state._replace(latents=latents)
+    state = state._replace(memory=starts.update(state.memory, jnp.array([3, 1, 9]), first))
     x0, second = solve([1, 3, 9])
     np.testing.assert_array_equal(x0, first.value.x[jnp.array([1, 0, 2])].at[2].set(0))
     assert np.all(second.aux.objective[:2] < first.aux.objective[jnp.array([1, 0])])
@@ -144,7 +147,7 @@ def test_every_preset_trains_on_the_shape_of_its_images(name):
         generator, params = build_generator(config, shape, seed=0)
         x, z = generator.start(params, 2)
         loss, _ = jax.grad(training_loss, has_aux=True)(
-            params, generator, config, images, jax.random.key(0), x
+            params, generator, config, images, keys_for(images), x
         )
         return x, generator.decode(params, z), params, loss
 

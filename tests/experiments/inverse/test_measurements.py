@@ -23,9 +23,8 @@ IMAGES = np.random.default_rng(0).random((40, 12, 8, 3), np.float32)
 
 
 def corrupted(kind, images=IMAGES, seed=0):
-    observed, how = corrupt(
-        setting(kind, images.shape[1:]), jnp.asarray(images), jax.random.key(seed)
-    )
+    keys = jax.random.split(jax.random.key(seed), len(images))
+    observed, how = corrupt(setting(kind, images.shape[1:]), jnp.asarray(images), keys)
     return np.asarray(observed), how
 
 

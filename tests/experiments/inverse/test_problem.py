@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.step import split_each
 from experiments.generative.config import PRESETS as GENERATIVE
 from experiments.inverse.config import PRESETS
 from experiments.inverse.evaluate import _within
@@ -43,17 +44,17 @@ def test_the_gradient_of_the_task_is_that_at_constant_latents():
     config = replace(PRESETS["smoke"], inner_steps=120, inner_step_size=0.1)
     source = Source(None, generator, GENERATIVE["smoke"], params.generator, None)
     at, clean = setting(KINDS["denoise02"], SHAPE), jnp.asarray(images(6))
-    key, penalty = jax.random.key(3), 0.05
-    gradient, metrics = jax.grad(task_loss, has_aux=True)(
+    keys, penalty = jax.random.split(jax.random.key(3), len(clean)), 0.05
+    gradient, measured = jax.grad(task_loss, has_aux=True)(
         params.generator, inverse_problem(generator), source, config, PRIOR, at,
-        jnp.float32(penalty), clean, key,
+        jnp.float32(penalty), clean, keys,
     )  # fmt: skip
 
-    observed, _ = corrupt(at, clean, jax.random.split(key)[0])
+    observed, _ = corrupt(at, clean, split_each(keys)[0])
     x = np.stack([latents(np.asarray(seen).ravel(), np.eye(12), penalty) for seen in observed])
     difference = np.stack([image_of(one) for one in x]) - np.asarray(clean).reshape(6, 12)
     # The joint solve stops at relative residuals of 1e-3, of which the tolerances are a few.
-    assert metrics["loss"] == pytest.approx(np.mean(np.sum(difference**2, axis=1)), rel=5e-3)
+    assert measured.means["loss"] == pytest.approx(np.mean(np.sum(difference**2, axis=1)), rel=5e-3)
     expected = 2 * difference.T @ (x / 0.7) / 6
     (found,) = jax.tree.leaves(gradient)
     np.testing.assert_allclose(found, expected, atol=1e-2 * np.abs(expected).max())

@@ -101,9 +101,10 @@ def _context(state):
 
 def gradient_of(learner: Learner, params, tasks, **changes):
     changed = replace(learner, config=replace(learner.config, **changes))
-    gradient, _ = jax.jit(
-        jax.grad(lambda p: outer_loss(p, changed, tasks, jax.random.key(0)), has_aux=True)
-    )(params)
+    keys = jax.random.split(jax.random.key(0), len(tasks.support))
+    gradient, _ = jax.jit(jax.grad(lambda p: outer_loss(p, changed, tasks, keys), has_aux=True))(
+        params
+    )
     return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(gradient)])
 
 
