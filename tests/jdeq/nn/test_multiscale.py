@@ -141,3 +141,14 @@ def test_impossible_sizes_are_refused(widths, options, message):
 
 def test_one_branch_needs_no_fusion_groups():
     assert count(MultiscaleCell((12,), rngs=nnx.Rngs(0))) > 0
+
+
+def test_the_state_keeps_its_dtype_whatever_is_added_to_it():
+    # Regression: a float32 context or injection made a bfloat16 state float32.
+    cell = MultiscaleCell((8, 8), expansion=2, context=6, rngs=nnx.Rngs(0))
+    state = tuple(jnp.zeros((2, *s), jnp.bfloat16) for s in ((4, 4, 8), (2, 2, 8)))
+    given = [jnp.zeros(z.shape, jnp.float32) for z in state]
+    masks = [jnp.ones((2, 8), jnp.float32)] * 2
+    context = jnp.zeros((2, 6), jnp.float32)
+    out = jax.eval_shape(lambda: cell(state, given, masks, context))
+    assert [branch.dtype for branch in out] == [jnp.bfloat16] * 2
