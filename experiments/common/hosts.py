@@ -118,7 +118,12 @@ def wait(name: str) -> None:
 
 
 def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """An array of process 0, which all have in the same shape, on the devices of all."""
+    """An array of process 0, which all have in the same shape, on the devices of all.
+
+    One that is there already is left as it is.
+    """
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
     if count() == 1:
         return jax.device_put(leaf, sharding)
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -12,6 +12,7 @@ The same holds for the devices of several processes, each of which gives its own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.common import hosts
 from experiments.common.errors import UserError
+from experiments.common.terminal import say
 
 PyTree = Any
 
@@ -82,31 +84,47 @@ def spread_axis(shape: tuple[int, ...], parts: int) -> int | None:
     return max(possible, key=lambda axis: (shape[axis], axis), default=None)
 
 
-def local_rows(count: int) -> slice:
-    """The rows of a batch of `count` that this process has to give to its devices.
+def mesh_for(batch_size: int) -> Mesh:
+    """The part of the current mesh over which a batch can be spread evenly.
+
+    In one process as many devices as divide the batch take part, at best all.
 
     Raises:
-        UserError: The batch cannot be spread evenly.
+        UserError: There are several processes, all of which have to take part.
     """
     mesh = current_mesh()
     shards = mesh.shape[BATCH]
-    if count % shards:
+    even = math.gcd(batch_size, shards)
+    if even == shards:
+        return mesh
+    if hosts.count() > 1:
         raise UserError(
-            f"a batch of {count} cannot be spread evenly over {shards} devices; choose a "
-            "multiple, or show jax fewer devices (CUDA_VISIBLE_DEVICES)."
+            f"a batch of {batch_size} cannot be spread evenly over {shards} devices of "
+            f"{hosts.count()} processes; start fewer, so that their devices divide the batch."
         )
-    parts = _batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
-    bounds = [part[0].indices(count)[:2] for part in parts if part is not None]
+    return make_mesh(mesh.shape[MODEL], list(mesh.devices[:even].flat))
+
+
+def local_rows(batch_size: int) -> slice:
+    """The rows of a batch that this process has to give to its devices.
+
+    Raises:
+        UserError: See `mesh_for`.
+    """
+    sharding = _batch_sharding(mesh_for(batch_size))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [part[0].indices(batch_size)[:2] for part in parts if part is not None]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 
 def over_shards(
-    function: Callable[..., Any], spread: tuple[bool, ...], out: tuple[bool, ...]
+    function: Callable[..., Any], mesh: Mesh, spread: tuple[bool, ...], out: tuple[bool, ...]
 ) -> Any:
     """The function, run by every device on its part of the batch.
 
     Args:
         function: It may average over the devices by `mean_over_shards`.
+        mesh: The devices.
         spread: Which arguments have the batch along axis 0; the others are whole on each device.
         out: Which results have the batch along axis 0; the others have to be the same on each.
 
@@ -119,7 +137,7 @@ def over_shards(
 
     return jax.shard_map(
         function,
-        mesh=current_mesh(),
+        mesh=mesh,
         in_specs=specs(spread),
         out_specs=specs(out),
         axis_names={BATCH},
@@ -133,31 +151,51 @@ def mean_over_shards(tree: PyTree) -> PyTree:
 
 
 class DataParallel:
-    """Places states and batches on the devices of the current mesh."""
+    """Places states and batches on the devices of the current mesh.
 
-    def __init__(self) -> None:
-        self._mesh = current_mesh()
+    Args:
+        batch_size: Examples a batch, of all processes together.
+
+    Raises:
+        UserError: The batch cannot be spread evenly, see `mesh_for`.
+    """
+
+    def __init__(self, batch_size: int):
+        self._mesh = mesh_for(batch_size)
+        if self._mesh.size < current_mesh().size:
+            say(
+                f"a batch of {batch_size} is spread over {self._mesh.size} of "
+                f"{current_mesh().size} devices: it does not divide by all."
+            )
 
     def compile(self, update: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]) -> Any:
         """`update(state, batch) -> (state, metrics)`, compiled; the old state is given up."""
-        if self._mesh.size == 1:
-            return jax.jit(update, donate_argnums=0)
-        compiled: Any = None
 
-        def run(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-            nonlocal compiled
-            if compiled is None:
-                places = (self._shardings(state), NamedSharding(self._mesh, PartitionSpec()))
-                compiled = jax.jit(update, donate_argnums=0, out_shardings=places)
-            return compiled(state, batch)
+        def placed(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+            state, metrics = update(state, batch)
+            everywhere = NamedSharding(self._mesh, PartitionSpec())
+            return (
+                lax.with_sharding_constraint(state, self._shardings(state)),
+                lax.with_sharding_constraint(metrics, everywhere),
+            )
 
-        return run
+        return jax.jit(update if self._mesh.size == 1 else placed, donate_argnums=0)
 
     def replicate(self, state: PyTree) -> PyTree:
         """The state of process 0 on the devices, copied or spread."""
         if self._mesh.size == 1:
             return state
         return jax.tree.map(hosts.place, state, self._shardings(state))
+
+    def template(self, state: PyTree) -> PyTree:
+        """Shapes, dtypes and places of the arrays that `replicate` makes of a state."""
+        if self._mesh.size == 1:
+            return state
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self._shardings(state),
+        )
 
     def spread(self, batch: PyTree) -> PyTree:
         """The batch over the devices, given this process's rows of it (`local_rows`)."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from experiments.common.parallel import current_mesh, mean_over_shards, over_shards
+from experiments.common.parallel import mean_over_shards, mesh_for, over_shards
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -106,9 +106,10 @@ def training_step(
 
     def update(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         key, own = jax.random.split(state.key)
-        keys = jax.random.split(own, len(jax.tree.leaves(batch)[0]))
+        batch_size = len(jax.tree.leaves(batch)[0])
+        keys = jax.random.split(own, batch_size)
         given = Given(batch, keys, state.step, state.memory)
-        found, measured = _whole(gradient)(state.params, given)
+        found, measured = _of_whole(gradient, batch_size)(state.params, given)
         changes, optimizer_state = optimizer.update(found, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
         if contract is not None:
@@ -123,9 +124,10 @@ def training_step(
     return update
 
 
-def _whole(gradient: Gradient) -> Gradient:
+def _of_whole(gradient: Gradient, batch_size: int) -> Gradient:
     """The gradient for whole batches, of which each device takes its part."""
-    if current_mesh().size == 1:
+    mesh = mesh_for(batch_size)
+    if mesh.size == 1:
         return gradient
 
     def part(params: PyTree, batch: PyTree, keys: Array, step: Array, memory: PyTree) -> Any:
@@ -134,7 +136,7 @@ def _whole(gradient: Gradient) -> Gradient:
         return found, means, measured.medians, measured.found
 
     parts = over_shards(
-        part, spread=(False, True, True, False, False), out=(False, False, True, True)
+        part, mesh, spread=(False, True, True, False, False), out=(False, False, True, True)
     )
 
     def whole(params: PyTree, given: Given) -> tuple[PyTree, Measured]:

@@ -19,7 +19,7 @@ from jax import Array
 
 from experiments.common.data import ImageData, Split, batches
 from experiments.common.runs import RunDirectory
-from experiments.common.step import Given, Measured, TrainState, training_step
+from experiments.common.step import Given, Measured, TrainState, Update, training_step
 from experiments.common.training import Schedule, fit
 from experiments.generative.config import Config
 from experiments.generative.problem import restore_part
@@ -110,6 +110,17 @@ def train_classifier(config: Config, run: RunDirectory, data: ImageData) -> None
     """
     seed = run.record.seed
     graph, params, classes = _build(data, seed)
+    fit(
+        step_of(config, graph, classes),
+        TrainState.start(params, _optimizer(config), seed),
+        batches(data.train, min(_BATCH, len(data.train)), seed),
+        run.part(PART),
+        Schedule(config.classifier_steps, config.log_every, config.checkpoint_every),
+    )
+
+
+def step_of(config: Config, graph: nnx.GraphDef, classes: np.ndarray) -> Update:
+    """The training step; for `classes` see `FeatureExtractor`."""
     labels = jnp.asarray(classes)
 
     def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
@@ -118,14 +129,7 @@ def train_classifier(config: Config, run: RunDirectory, data: ImageData) -> None
         mean = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted))
         return mean, Measured({"loss": mean})
 
-    optimizer = _optimizer(config)
-    fit(
-        training_step(jax.grad(loss, has_aux=True), optimizer),
-        TrainState.start(params, optimizer, seed),
-        batches(data.train, min(_BATCH, len(data.train)), seed),
-        run.part(PART),
-        Schedule(config.classifier_steps, config.log_every, config.checkpoint_every),
-    )
+    return training_step(jax.grad(loss, has_aux=True), _optimizer(config))
 
 
 def load_classifier(config: Config, run: RunDirectory, data: ImageData) -> FeatureExtractor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 
+from experiments.common.data.order import OrderedBatches
 from experiments.common.data.tasks import Tasks, stack, task_batches
 
 _AMPLITUDE = (0.1, 5.0)
@@ -38,9 +38,9 @@ class SinusoidSampler:
         support, query = slice(self.shots), slice(self.shots, None)
         return Tasks(inputs[support], outputs[support], inputs[query], outputs[query])
 
-    def batches(self, size: int) -> grain.DatasetIterator:
-        """Endless batches of `Tasks`, in order, with `get_state` and `set_state`."""
-        return iter(task_batches(self.draw, size).to_iter_dataset())
+    def batches(self, size: int) -> OrderedBatches:
+        """Endless batches of `Tasks`, in order."""
+        return task_batches(self.draw, size)
 
     def first(self, count: int, start: int = 0) -> Tasks:
         """Tasks `start` to `start + count`, as one batch."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from experiments.common.data import data_root as located
 from experiments.common.data import load_images
 from experiments.common.data.location import missing
 from experiments.common.data.omniglot import load_omniglot
+from experiments.common.data.order import OrderedBatches
 from experiments.common.data.tasks import Characters, TaskSampler
 from experiments.meta.config import Config
 from experiments.meta.distortion import DistortedSampler
@@ -39,7 +39,7 @@ class TaskSource:
     test: Characters | None = None
     root: Path | None = None
 
-    def training(self, config: Config, seed: int) -> grain.DatasetIterator:
+    def training(self, config: Config, seed: int) -> OrderedBatches:
         """Endless batches of training tasks, in the order of the seed."""
         if self.train is None:
             return SinusoidSampler(config.shots, config.queries, seed).batches(config.tasks)

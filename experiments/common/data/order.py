@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grain
 import numpy as np
 
@@ -9,7 +11,30 @@ from experiments.common.data.images import Split
 from experiments.common.parallel import local_rows
 
 
-def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
+class OrderedBatches:
+    """An endless iterator of batches whose position can be saved.
+
+    Attributes:
+        size: Examples a batch, of all processes together.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, size: int):
+        self.size = size
+        self._iterator = iter(dataset)
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON can hold it; the same for any number of processes."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue at this position."""
+        self._iterator.set_state(state)
+
+
+def batches(split: Split, batch_size: int, seed: int) -> OrderedBatches:
     """Endless batches in an order that depends on the seed alone, reshuffled every epoch.
 
     `get_state()` of the iterator is a small dictionary that JSON can hold; `set_state()` of it
@@ -30,7 +55,7 @@ def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
         has labels.
 
     Raises:
-        UserError: The batch cannot be spread evenly over the devices.
+        UserError: The batch cannot be spread evenly over the devices of several processes.
     """
     rows = local_rows(batch_size)
 
@@ -47,4 +72,4 @@ def batches(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
     threads = 0 if split.images.in_memory else 4
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = order.batch(batch_size, batch_fn=list).map(read)
-    return iter(dataset.to_iter_dataset(options))
+    return OrderedBatches(dataset.to_iter_dataset(options), batch_size)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from experiments.common.data.order import OrderedBatches
 from experiments.common.errors import UserError
 from experiments.common.parallel import local_rows
 
@@ -31,15 +32,18 @@ class Tasks(NamedTuple):
     query_label: Any
 
 
-def task_batches(draw: Callable[[int], Tasks], size: int) -> grain.MapDataset:
+def task_batches(
+    draw: Callable[[int], Tasks], size: int, options: grain.ReadOptions | None = None
+) -> OrderedBatches:
     """Endless batches of tasks 0, 1, ..., of which each process draws its own rows.
 
     Raises:
-        UserError: The batch cannot be spread evenly over the devices.
+        UserError: The batch cannot be spread evenly over the devices of several processes.
     """
     rows = local_rows(size)
     numbers = grain.MapDataset.range(_ENDLESS).batch(size, batch_fn=list)
-    return numbers.map(lambda numbers: stack([draw(number) for number in numbers[rows]]))
+    tasks = numbers.map(lambda numbers: stack([draw(number) for number in numbers[rows]]))
+    return OrderedBatches(tasks.to_iter_dataset(options), size)
 
 
 def stack(tasks: list[Tasks]) -> Tasks:
@@ -139,10 +143,10 @@ class TaskSampler:
             np.repeat(labels, self.queries),
         )
 
-    def batches(self, size: int) -> grain.DatasetIterator:
-        """Endless batches of `Tasks`, in order, with `get_state` and `set_state`."""
+    def batches(self, size: int) -> OrderedBatches:
+        """Endless batches of `Tasks`, in order."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return iter(task_batches(self.draw, size).to_iter_dataset(options))
+        return task_batches(self.draw, size, options)
 
     def first(self, count: int, start: int = 0) -> Tasks:
         """Tasks `start` to `start + count`, as one batch."""
