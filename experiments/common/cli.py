@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import tyro
 from rich.table import Table
 
-from experiments.common.errors import UserError
+from experiments.common.errors import DISK_ERRORS, UserError, reason
+from experiments.common.non_finite import skip_non_finite
 from experiments.common.runs import (
     RunDirectory,
     RunRecord,
     abandon_run,
+    check_writable,
     continue_run,
     holds_run,
     is_trained,
+    new_directory,
     newest_run,
     open_run,
     start_run,
@@ -52,6 +54,9 @@ class Arguments:
         seed: Seed of parameters and data order, from 0 to 2**32 - 1. Default: 0, or that of the
             run directory.
         resume: Continue the unfinished run in the run directory.
+        skip_non_finite: Leave out training steps whose loss or state is not finite, and count them
+            as skipped_steps in the metrics. Default: training stops at the first and saves what it
+            was given in non_finite/ of the run directory.
         from_run: Directory of a trained run of the task that this one builds on, to take its models
             from (inverse: a generative run). Default: they are trained first.
     """
@@ -64,6 +69,7 @@ class Arguments:
     data_root: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    skip_non_finite: tyro.conf.FlagCreatePairsOff[bool] = False
     from_run: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
 
 
@@ -110,15 +116,28 @@ def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
     run: RunDirectory | None = None
     try:
         run = _claim(task, arguments)
-        _execute(task, arguments, run)
+        with skip_non_finite(arguments.skip_non_finite):
+            _execute(task, arguments, run)
     except UserError as error:
-        error_console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(_STATUS_ERROR)
+        _fail(str(error))
+    except OSError as error:
+        if run is None or error.errno not in DISK_ERRORS:
+            raise
+        place = error.filename or run.path
+        _fail(
+            f"{place} cannot be written or read ({reason(error)}); repair that, and continue with "
+            f"`{_continuation(task, arguments, run)}`."
+        )
     except (TrainingInterruptedError, KeyboardInterrupt) as stop:
         say(str(stop) or "stopped at once")
         if run is not None:
             say(f"continue with `{_continuation(task, arguments, run)}`")
         sys.exit(_STATUS_INTERRUPTED)
+
+
+def _fail(message: str) -> NoReturn:
+    error_console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    sys.exit(_STATUS_ERROR)
 
 
 def _continuation(task: Task[Any], arguments: Arguments, run: RunDirectory) -> str:
@@ -155,16 +174,18 @@ def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
             raise UserError(f"{arguments.command} has nothing to resume; leave --resume away.")
         if arguments.from_run is not None:
             raise UserError(f"{arguments.command} takes a run as it is; leave --from-run away.")
-        return open_run(
+        run = open_run(
             _existing(task, arguments), task.name, preset=arguments.preset, seed=arguments.seed
         )
+        check_writable(run.path)  # before minutes of evaluation, not after
+        return run
     if arguments.run_dir is not None:
         path = arguments.run_dir
     elif arguments.resume:
         path = _existing(task, arguments)
     else:
         preset = arguments.preset or task.default
-        path = _RUNS / task.name / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = new_directory(_RUNS / task.name, preset)
     if holds_run(path):
         if arguments.from_run is not None:
             raise UserError(f"{path} holds a run with models already; leave --from-run away.")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+
+DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+)
+"""Numbers of an `OSError` that the user can repair: a full disk, a read-only directory."""
 
 _TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")
 

@@ -12,11 +12,15 @@ from typing import Any
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside the path, then rename: the file is the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

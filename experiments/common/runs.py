@@ -5,28 +5,47 @@ metrics.jsonl    one object a logged step
 tensorboard/     the same numbers as TensorBoard events
 checkpoints/     see `checkpoints`
 figures/         *.png
+non_finite/      what training steps that were not finite were given, see `non_finite`
 summary.json     the results, flat: name to number or string; written by the evaluation
+.lock            locked by the process that trains in the directory
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
+import time
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tensorboardX import SummaryWriter
+from experiments.common.checkpoint_files import saved_steps
+from experiments.common.errors import UserError, reason
+from experiments.common.files import write_json
+from experiments.common.locks import LOCK, DirectoryLock, lock
+from experiments.common.metrics_log import read_metrics
 
-from experiments.common.checkpoints import saved_steps
-from experiments.common.errors import UserError
-from experiments.common.files import to_json, write_atomically, write_json
+__all__ = [
+    "RunDirectory",
+    "RunRecord",
+    "abandon_run",
+    "check_writable",
+    "continue_run",
+    "holds_run",
+    "is_trained",
+    "new_directory",
+    "newest_run",
+    "open_run",
+    "read_metrics",
+    "start_run",
+]
 
 _CONFIG = "config.json"
-_METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -43,6 +62,8 @@ class RunRecord:
         seed: Seed of parameters, data order and everything random.
         settings: The preset's fields.
         versions: Versions of Python and of the packages that matter.
+        number: Place in the order in which the runs beside it were started, from 1, which no clock
+            decides; 0 in runs of older versions.
     """
 
     task: str
@@ -50,6 +71,7 @@ class RunRecord:
     seed: int
     settings: dict[str, Any]
     versions: dict[str, str]
+    number: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def new(cls, task: str, preset: str, seed: int, settings: Any) -> RunRecord:
@@ -82,9 +104,10 @@ class RunDirectory:
         record: What its `config.json` says.
     """
 
-    def __init__(self, path: Path, record: RunRecord):
+    def __init__(self, path: Path, record: RunRecord, held: DirectoryLock | None = None):
         self.path = path
         self.record = record
+        self._held = held  # a claimed directory is locked as long as this object lives
 
     @property
     def checkpoints(self) -> Path:
@@ -102,7 +125,7 @@ class RunDirectory:
         """The folder of a further model of this run, with checkpoints and metrics of its own."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        return RunDirectory(folder, self.record)
+        return RunDirectory(folder, self.record, self._held)
 
     def write_summary(self, summary: dict[str, float | int | str]) -> None:
         """Write the results; a number may be infinite."""
@@ -118,20 +141,38 @@ def holds_run(path: Path) -> bool:
     return (path / _CONFIG).is_file()
 
 
+def new_directory(parent: Path, preset: str) -> Path:
+    """A new, empty directory whose name says the preset and the time."""
+    name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, attempt = parent / name, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # of the same second, or of one that the clock had twice
+            attempt += 1
+            path = parent / f"{name}-{attempt}"
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        else:
+            return path
+
+
 def start_run(path: Path, record: RunRecord) -> RunDirectory:
     """Claim a directory for a new run; it is made if it does not exist.
 
+    It is this process's alone as long as the returned object lives.
+
     Raises:
-        UserError: The directory is not empty, or cannot be written.
+        UserError: The directory is not empty, is in use, or cannot be written.
     """
-    # A start that was killed may have left the half of a file.
-    if path.is_dir() and any(not entry.name.endswith(".tmp") for entry in path.iterdir()):
-        raise UserError(
-            f"{path} is neither empty nor a run directory; choose another one with --run-dir."
-        )
-    _check_writable(path)
+    _check_empty(path)
+    check_writable(path)
+    held = lock(path)
+    _check_empty(path)  # another process may have been quicker
+    number = 1 + max((run.record.number for run in _runs_in(path.parent)), default=0)
+    record = dataclasses.replace(record, number=number)
     write_json(path / _CONFIG, dataclasses.asdict(record))
-    return RunDirectory(path, record)
+    return RunDirectory(path, record, held)
 
 
 def abandon_run(run: RunDirectory) -> None:
@@ -152,13 +193,14 @@ def continue_run(
         resume: Whether the user asked to continue.
 
     Raises:
-        UserError: It is another run, `resume` is not set, or the directory cannot be written.
+        UserError: It is another run, `resume` is not set, or the directory is in use or cannot be
+            written.
     """
     run = open_run(path, task, preset=preset, seed=seed)
     if not resume:
         raise UserError(_occupied(run))
-    _check_writable(path)
-    return run
+    check_writable(path)
+    return RunDirectory(path, run.record, lock(path))
 
 
 def open_run(
@@ -197,16 +239,14 @@ def open_run(
 
 
 def newest_run(parent: Path, task: str, preset: str | None) -> Path:
-    """The most recently started run of a task, of this preset if one is named.
+    """The last started run of a task, of this preset if one is named.
 
     Raises:
         UserError: There is none.
     """
-    configs = sorted(parent.glob(f"*/{_CONFIG}"), key=lambda config: config.stat().st_mtime)
-    for config in reversed(configs):
-        run = open_run(config.parent, task)
-        if preset in (None, run.record.preset):
-            return run.path
+    runs = [run for run in _runs_in(parent) if preset in (None, run.record.preset)]
+    if runs:
+        return open_run(max(runs, key=_order).path, task).path
     which = f"run of preset {preset}" if preset else "run"
     raise UserError(f"there is no {which} in {parent}; name a directory with --run-dir.")
 
@@ -229,64 +269,48 @@ def _occupied(found: RunDirectory) -> str:
     )
 
 
-def _check_writable(path: Path) -> None:
+def _order(run: RunDirectory) -> tuple[int, float]:
+    # The clock decides among runs of older versions, and among those started at the same time.
+    return run.record.number, (run.path / _CONFIG).stat().st_mtime
+
+
+def _runs_in(parent: Path) -> Iterator[RunDirectory]:
+    for config in parent.glob(f"*/{_CONFIG}"):
+        with contextlib.suppress(ValueError, TypeError, OSError):  # damaged: none to count on
+            yield RunDirectory(config.parent, RunRecord(**json.loads(config.read_text())))
+
+
+def _check_empty(path: Path) -> None:
+    # A start that was killed may have left the half of a file.
+    if path.is_dir() and any(
+        entry.name != LOCK and not entry.name.endswith(".tmp") for entry in path.iterdir()
+    ):
+        raise UserError(
+            f"{path} is neither empty nor a run directory; choose another one with --run-dir."
+        )
+
+
+def check_writable(path: Path) -> None:
+    """Try to write into a directory, which is made if it does not exist.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     probe = path / ".probe.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); choose another directory with --run-dir."
-        ) from error
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({reason(error)}); choose another directory with --run-dir."
+    )
 
 
 def _tuples(value: Any) -> Any:
     """JSON's lists as the tuples they were."""
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
-
-
-class MetricsLog:
-    """Appends to `metrics.jsonl` and to TensorBoard.
-
-    What an interrupted run logged after its checkpoint is dropped first, so that a resumed run's
-    file reads as if nothing had happened: every logged step once.
-
-    Args:
-        run: The run directory.
-        step: The step training starts from: 0, or that of the checkpoint.
-    """
-
-    def __init__(self, run: RunDirectory, step: int):
-        self._path = run.path / _METRICS
-        kept = [row for row in read_metrics(run.path) if row["step"] <= step]
-        text = "".join(to_json(row) + "\n" for row in kept)
-        write_atomically(self._path, text.encode())
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(
-            str(run.path / "tensorboard"), purge_step=step + 1, filename_suffix=f".from{step}"
-        )
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Log one row."""
-        self._file.write(to_json({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        self._events.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a run directory's `metrics.jsonl`; a last line cut off by a crash is left out."""
-    file = path / _METRICS
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import jax
 
-from experiments.common import hosts
 from experiments.common.checkpoints import CheckpointWriter, restore_newest
 from experiments.common.errors import UserError
 from experiments.common.interruption import interruption
+from experiments.common.metrics_log import MetricsLog
 from experiments.common.non_finite import (
     NonFinite,
     culprit,
@@ -24,7 +24,7 @@ from experiments.common.non_finite import (
 )
 from experiments.common.parallel import DataParallel
 from experiments.common.progress import training_progress
-from experiments.common.runs import MetricsLog, RunDirectory
+from experiments.common.runs import RunDirectory
 from experiments.common.terminal import say
 from experiments.common.window import Metrics, MetricsWindow
 
@@ -35,13 +35,7 @@ NON_FINITE = "non_finite"
 
 
 class Batches(Protocol):
-    """An endless iterator of batches whose position can be saved; `data.batches` makes one.
-
-    Attributes:
-        size: Examples a batch, of all processes together.
-    """
-
-    size: int
+    """An endless iterator of batches whose position can be saved; `data.batches` makes one."""
 
     def __next__(self) -> PyTree: ...
 
@@ -108,8 +102,7 @@ def fit(
     """
     notes: dict[str, Any] = {"seconds": 0.0}
     step = 0
-    devices = DataParallel(batches.size)
-    restored = restore_newest(run.checkpoints, devices.template(state), discard=True)
+    restored = restore_newest(run.checkpoints, state, discard=True)
     if restored is not None:
         step, state, notes = restored
         batches.set_state(notes["position"])
@@ -118,13 +111,10 @@ def fit(
         return state, notes["seconds"]
     with (
         closing(CheckpointWriter(run.checkpoints)) as writer,
-        closing(MetricsLog(run, step)) as log,
+        closing(MetricsLog(run.path, step)) as log,
     ):
-        training = _Training(
-            update, state, step, notes, devices, batches, writer, log, run, schedule
-        )
+        training = _Training(update, state, step, notes, batches, writer, log, run, schedule)
         training.run()
-    hosts.wait("the last checkpoint")
     return training.state.state, training.seconds
 
 
@@ -137,14 +127,13 @@ class _Training:
         state: PyTree,
         step: int,
         notes: dict[str, Any],
-        devices: DataParallel,
         batches: Batches,
         writer: CheckpointWriter,
         log: MetricsLog,
         run: RunDirectory,
         schedule: Schedule,
     ):
-        self._devices = devices
+        self._devices = DataParallel()
         self._skips = skips_non_finite()
         self._update = self._devices.compile(guarded(update, self._skips))
         self.state = self._devices.replicate(guard(state))
@@ -193,10 +182,10 @@ class _Training:
             if jax.process_count() > 1 or self._step == self._saved:
                 raise
             self._save()
-            if isinstance(error, UserError):
+            if isinstance(error, UserError | OSError):
                 raise UserError(
-                    f"{error} (Training stopped after step {self._step}, which is saved; continue "
-                    "with --resume.)"
+                    f"training stopped after step {self._step}, which is saved, because its data "
+                    f"cannot be read any more: {error} Continue with --resume."
                 ) from error
             raise
 

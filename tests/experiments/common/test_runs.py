@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
 from experiments.common.errors import UserError
 from experiments.common.files import to_json, write_atomically
 from experiments.common.runs import (
-    MetricsLog,
     RunRecord,
+    check_writable,
     continue_run,
+    new_directory,
     newest_run,
     open_run,
-    read_metrics,
     start_run,
 )
 from tests.experiments.common import toy
@@ -93,34 +97,71 @@ def test_a_damaged_or_missing_config_is_named(tmp_path):
         open_run(tmp_path, "toy")
 
 
-def test_the_newest_run_of_a_preset_is_found(tmp_path, record):
+def start_four(parent, record):
+    """Runs 0 to 3 of alternating presets, started in this order while the clock ran backwards."""
     for number, preset in enumerate(("fast", "slow", "fast", "slow")):
-        path = tmp_path / str(number)
+        path = parent / str(number)
         start_run(path, RunRecord("toy", preset, 0, record.settings, {}))
-        os.utime(path / "config.json", (number, number))
+        os.utime(path / "config.json", (9 - number, 9 - number))
+
+
+def test_the_newest_run_of_a_preset_is_found_whatever_the_clock_did(tmp_path, record):
+    start_four(tmp_path, record)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"task": ')
     assert newest_run(tmp_path, "toy", None).name == "3"
     assert newest_run(tmp_path, "toy", "fast").name == "2"
     with pytest.raises(UserError, match="no run of preset other"):
         newest_run(tmp_path, "toy", "other")
 
 
-def test_metrics_after_resuming_have_no_gap_and_no_repeat(tmp_path, record):
-    run = start_run(tmp_path, record)
-    log = MetricsLog(run, 0)
-    for step in (5, 10, 15, 20):
-        log.write(step, {"loss": 1 / step})
-    log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 25, "lo')  # killed while writing
-    log = MetricsLog(run, 10)
-    for step in (15, 20, 25):
-        log.write(step, {"loss": 2 / step})
-    log.close()
-    rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25]
-    assert rows[1]["loss"] == 1 / 10
-    assert rows[2]["loss"] == 2 / 15
-    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
+def test_runs_of_versions_that_did_not_count_are_older(tmp_path, record):
+    start_four(tmp_path, record)
+    for number in (1, 2, 3):
+        config = tmp_path / str(number) / "config.json"
+        content = json.loads(config.read_text())
+        del content["number"]
+        config.write_text(json.dumps(content))
+        os.utime(config, (20 + number, 20 + number))
+    assert newest_run(tmp_path, "toy", None).name == "0"
+    (tmp_path / "0" / "config.json").unlink()
+    assert newest_run(tmp_path, "toy", None).name == "3"
+
+
+def test_new_directories_differ_though_the_clock_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "20300101-000000")
+    names = [new_directory(tmp_path / "runs", "fast").name for _ in range(3)]
+    assert names == [f"fast-20300101-000000{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.fixture
+def read_only():
+    """A run directory that this process may read, but not write."""
+    if os.geteuid() != 0:
+        pytest.skip("giving a directory away takes root")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    start_run(folder / "run", RunRecord.new("toy", "fast", 3, toy.Settings()))
+    folder.chmod(0o755)
+    os.seteuid(65534)
+    yield folder
+    os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+def test_a_read_only_directory_is_refused_before_anything_is_done(read_only, record):
+    path = read_only / "run"
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    assert open_run(path, "toy").record == record
+    refused = [
+        lambda: continue_run(path, "toy", preset=None, seed=None, resume=True),
+        lambda: check_writable(path),
+        lambda: start_run(read_only / "new", record),
+        lambda: new_directory(read_only, "fast"),
+    ]
+    for action in refused:
+        with pytest.raises(UserError, match=r"cannot be written \(Permission denied\).*--run-dir"):
+            action()
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def test_json_is_standard_and_keeps_infinities(tmp_path, record):
@@ -144,3 +185,4 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

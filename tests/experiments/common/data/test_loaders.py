@@ -243,6 +243,14 @@ def test_celeba_is_cropped_resized_and_read_when_asked(tmp_path):
     assert data.train.images.read(np.array([], int)).shape == (0, 64, 64, 3)
 
 
+def test_celeba_that_vanishes_is_an_error_and_not_replaced_by_other_images(tmp_path):
+    folder = writers.write_celeba(tmp_path, smooth_images(6))
+    images = load_images("celeba", tmp_path).train.images
+    next(folder.glob("*3.jpg")).unlink()
+    with pytest.raises(UserError, match=r"000003\.jpg cannot be used.*No such file"):
+        images.read(np.arange(len(images)))
+
+
 def test_celeba_reads_the_published_archive_and_partition(tmp_path):
     folder = writers.write_celeba(tmp_path, smooth_images(6))
     with zipfile.ZipFile(tmp_path / "celeba" / "img_align_celeba.zip", "w") as archive:
