@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
+from experiments.common import hosts
 from experiments.common.checkpoints import CheckpointWriter, restore_newest
 from experiments.common.errors import UserError
 from experiments.common.interruption import interruption
@@ -35,7 +36,13 @@ NON_FINITE = "non_finite"
 
 
 class Batches(Protocol):
-    """An endless iterator of batches whose position can be saved; `data.batches` makes one."""
+    """An endless iterator of batches whose position can be saved; `data.batches` makes one.
+
+    Attributes:
+        size: Examples a batch, of all processes together.
+    """
+
+    size: int
 
     def __next__(self) -> PyTree: ...
 
@@ -102,7 +109,8 @@ def fit(
     """
     notes: dict[str, Any] = {"seconds": 0.0}
     step = 0
-    restored = restore_newest(run.checkpoints, state, discard=True)
+    devices = DataParallel(batches.size)
+    restored = restore_newest(run.checkpoints, devices.template(state), discard=True)
     if restored is not None:
         step, state, notes = restored
         batches.set_state(notes["position"])
@@ -113,8 +121,11 @@ def fit(
         closing(CheckpointWriter(run.checkpoints)) as writer,
         closing(MetricsLog(run.path, step)) as log,
     ):
-        training = _Training(update, state, step, notes, batches, writer, log, run, schedule)
+        training = _Training(
+            update, state, step, notes, devices, batches, writer, log, run, schedule
+        )
         training.run()
+    hosts.wait("the last checkpoint")
     return training.state.state, training.seconds
 
 
@@ -127,13 +138,14 @@ class _Training:
         state: PyTree,
         step: int,
         notes: dict[str, Any],
+        devices: DataParallel,
         batches: Batches,
         writer: CheckpointWriter,
         log: MetricsLog,
         run: RunDirectory,
         schedule: Schedule,
     ):
-        self._devices = DataParallel()
+        self._devices = devices
         self._skips = skips_non_finite()
         self._update = self._devices.compile(guarded(update, self._skips))
         self.state = self._devices.replicate(guard(state))
