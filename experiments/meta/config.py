@@ -54,9 +54,9 @@ class Config:
         test_tasks: Test tasks of each.
         test_queries: Query examples a class of a test task.
         speed_tasks: Test tasks of the speed measurement, half of them to tune the methods.
-        speed_rates: First steps, or learning rates, among which it chooses.
-        speed_joint_steps: Lengths of the joint solve among which it chooses.
-        speed_nested_steps: Optimiser steps of the nested solve among which it chooses.
+        speed_steps: Lengths of the solves, joint and nested, among which it chooses.
+        speed_rates: Adam's learning rates, or first steps, among which it chooses.
+        speed_momentum_rates: Likewise of gradient descent with momentum: square roots of its steps.
         log_every: Training steps between rows of metrics.
         checkpoint_every: Training steps between checkpoints.
     """
@@ -95,9 +95,9 @@ class Config:
     test_tasks: int = 600
     test_queries: int = 15
     speed_tasks: int = 64
+    speed_steps: tuple[int, ...] = (10, 20, 40)
     speed_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    speed_joint_steps: tuple[int, ...] = (10, 20, 40)
-    speed_nested_steps: tuple[int, ...] = (10, 20)
+    speed_momentum_rates: tuple[float, ...] = (0.1, 0.3, 1.0)
     log_every: int = 20
     checkpoint_every: int = 200
 
@@ -120,9 +120,8 @@ _SINUSOID = Config(
     settings=((1, 5), (1, 10)),
     test_queries=100,
     speed_tasks=256,
+    speed_steps=(20, 40, 80),
     speed_rates=(0.03, 0.1, 0.3),
-    speed_joint_steps=(20, 40, 80),
-    speed_nested_steps=(20, 40, 80),
 )
 
 PRESETS: dict[str, Config] = {
@@ -140,9 +139,9 @@ PRESETS: dict[str, Config] = {
         baselines=(("proto", 30), ("maml", 30), ("imaml", 30)),
         test_queries=5,
         speed_tasks=16,
-        speed_rates=(0.1,),
-        speed_joint_steps=(20,),
-        speed_nested_steps=(10,),
+        speed_steps=(20,),
+        speed_rates=(0.03,),
+        speed_momentum_rates=(1.0,),
         log_every=10,
         checkpoint_every=20,
     ),
@@ -169,9 +168,9 @@ PRESETS: dict[str, Config] = {
         baselines=(("proto", 8000), ("maml", 1500), ("fomaml", 1500), ("imaml", 1500)),
         test_queries=5,
         speed_tasks=32,
-        speed_rates=(0.03, 0.1),
-        speed_joint_steps=(10, 20),
-        speed_nested_steps=(20,),
+        speed_steps=(12, 20),
+        speed_rates=(0.0025, 0.005, 0.01, 0.02),
+        speed_momentum_rates=(1.0, 1.25, 1.5, 1.75),
     ),
     # python -m experiments.meta --preset omniglot-published
     # The published size, 2,345,093 parameters, and 2 million tasks. It wants a GPU, and has not

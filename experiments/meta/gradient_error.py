@@ -16,8 +16,8 @@ from experiments.meta.problem import Learner
 PyTree = Any
 
 _DIRECTIONS = 3
-_STEP = 1e-2
-_DOUBLE_RTOL = 1e-10
+_STEP = 1e-3  # ten times as long, along the gradient itself the quotient is wrong by 1e-4
+_DOUBLE_RTOL = 1e-12
 _SINGLE_RTOL = 1e-5
 
 
@@ -38,7 +38,7 @@ def gradient_error(
 ) -> GradientError:
     """Derivatives of the outer loss of `tasks` along random directions and the gradient's own.
 
-    The difference quotient is central and of fourth order, of solves to a relative 1e-10.
+    The difference quotient is central and of fourth order, of solves to a relative 1e-12.
 
     Args:
         learner: The learner.

@@ -15,7 +15,6 @@ import jdeq
 from experiments.common.data.tasks import Tasks
 from experiments.common.optimisers import cosine_adam
 from experiments.common.speed import (
-    Candidate,
     Comparison,
     Problems,
     compare,
@@ -23,13 +22,16 @@ from experiments.common.speed import (
     nested_candidate,
     published_candidate,
 )
+from experiments.meta.config import Config
 from experiments.meta.problem import Learner
 from experiments.meta.train import outer_loss
 
 PyTree = Any
+Rates = tuple[float, ...]
 
 _PUBLISHED_STEPS = 20
 _PUBLISHED_RATE = 0.1
+_MOMENTUM = 0.5
 _REPEATS = 5
 
 
@@ -49,42 +51,29 @@ def measure_solves(learner: Learner, params: PyTree, tasks: Tasks, ways: int) ->
         x0, z0 = learner.start(params, support.shape[0], support.shape[1], target.shape[-1])
         return Problems(params, target, x0, z0, learner.inject(params, support))
 
-    half = len(tasks.support) // 2
+    half, grid = len(tasks.support) // 2, _grid(learner.config)
     return compare(
         learner.problem,
         validation=problems(slice(half, None)),
         test=problems(slice(half)),
-        joint=_joint_candidates(learner),
-        nested=_nested_candidates(learner),
+        joint=[
+            joint_candidate(name, jdeq.joint.Descent(optimizer), steps, rates)
+            for name, optimizer, steps, rates in grid
+        ],
+        nested=[nested_candidate(*entry) for entry in grid],
         published=published_candidate(optax.adam(_PUBLISHED_RATE), _PUBLISHED_STEPS),
     )
 
 
-def _joint_candidates(learner: Learner) -> list[Candidate]:
-    config = learner.config
-    return [
-        joint_candidate(
-            f"Adam, cosine over {steps}",
-            jdeq.joint.Descent(cosine_adam(1.0, steps)),
-            steps,
-            config.speed_rates,
-        )
-        for steps in config.speed_joint_steps
-    ]
-
-
-def _nested_candidates(learner: Learner) -> list[Candidate]:
-    config = learner.config
-    usual = nested_candidate(
-        "Adam", optax.adam(1.0), max(config.speed_nested_steps), config.speed_rates
-    )
+def _grid(config: Config) -> list[tuple[str, optax.GradientTransformation, int, Rates]]:
+    """Names, optimisers, steps and rates: both methods choose from the same."""
     decayed = [
-        nested_candidate(
-            f"Adam, cosine over {steps}", cosine_adam(1.0, steps), steps, config.speed_rates
-        )
-        for steps in config.speed_nested_steps
+        (f"Adam, cosine over {steps}", cosine_adam(1.0, steps), steps, config.speed_rates)
+        for steps in config.speed_steps
     ]
-    return [usual, *decayed]
+    momentum = optax.sgd(1.0, momentum=_MOMENTUM)
+    rates = config.speed_momentum_rates
+    return [*decayed, ("gradient descent with momentum", momentum, max(config.speed_steps), rates)]
 
 
 def seconds_of_steps(learner: Learner, params: PyTree, tasks: Tasks) -> dict[str, float]:

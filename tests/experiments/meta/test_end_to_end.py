@@ -48,8 +48,8 @@ def tiny(monkeypatch):
     config = replace(
         PRESETS["omniglot-small"], channels=(8, 8), context=4, steps=2, ways=3, queries=1,
         inner_steps=3, baselines=(("proto", 2),), settings=((3, 1),), test_tasks=4,
-        test_queries=2, speed_tasks=4, speed_rates=(0.1,), speed_joint_steps=(4,),
-        speed_nested_steps=(4,), log_every=1,
+        test_queries=2, speed_tasks=4, speed_steps=(4,), speed_rates=(0.1,),
+        speed_momentum_rates=(1.0,), log_every=1,
     )  # fmt: skip
     monkeypatch.setitem(TASK.presets, "tiny", config)
 
