@@ -7,7 +7,9 @@ is on disk is valid at every moment of a kill, see `checkpoint_files`.
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from experiments.common import hosts
 from experiments.common.checkpoint_files import (
     check_undamaged,
     publish,
@@ -169,27 +172,48 @@ def restore_newest(directory: Path, template: PyTree, discard: bool) -> Restored
         UserError: All are damaged, or a readable one is of another structure or shape.
     """
     damaged: list[int] = []
-    for step in reversed(saved_steps(directory)):
-        try:
-            check_undamaged(directory / str(step))
-            state, notes = _read(directory.absolute() / str(step), template)
-        except UserError:
-            raise
-        # Damage surfaces as whatever the decoder at hand raises.
-        except Exception as error:
-            warn(f"checkpoint {directory / str(step)} is damaged: {reason(error)}.")
+    for step in reversed(_steps_of_first(directory)):
+        folder = directory.absolute() / str(step)
+        damage = hosts.from_first(partial(_damage, folder))
+        if not damage:
+            try:
+                state, notes = _read(folder, template)
+            except UserError:
+                raise
+            # Damage that the checksums do not show surfaces as whatever the decoder raises.
+            except Exception as error:
+                if hosts.count() > 1:  # the others may have read it
+                    raise
+                damage = reason(error)
+        if damage:
+            warn(f"checkpoint {directory / str(step)} is damaged: {damage}.")
             damaged.append(step)
             continue
         if damaged:
             warn(f"using the checkpoint before: step {step}.")
-        for other in damaged if discard else []:
-            remove(directory, other)
+        if discard and hosts.is_first():
+            for other in damaged:
+                remove(directory, other)
         return Restored(step, state, notes)
     if damaged:
         raise UserError(
             f"all checkpoints in {directory} are damaged; start a new run in another directory."
         )
     return None
+
+
+def _steps_of_first(directory: Path) -> list[int]:
+    """The saved steps as process 0 sees them: all processes have to take the same."""
+    return json.loads(hosts.from_first(lambda: json.dumps(saved_steps(directory))))
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; nothing if it is empty."""
+    try:
+        check_undamaged(folder)
+    except (OSError, ValueError) as error:
+        return reason(error)
+    return ""
 
 
 def _read(folder: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
+import jax
 import tyro
 from rich.table import Table
 
+from experiments.common import hosts
 from experiments.common.errors import DISK_ERRORS, UserError, reason
 from experiments.common.non_finite import skip_non_finite
+from experiments.common.parallel import make_mesh, use_mesh
 from experiments.common.runs import (
     RunDirectory,
     RunRecord,
@@ -59,6 +61,14 @@ class Arguments:
             was given in non_finite/ of the run directory.
         from_run: Directory of a trained run of the task that this one builds on, to take its models
             from (inverse: a generative run). Default: they are trained first.
+        model_devices: Devices that share one copy of the parameters and of the optimiser's state,
+            for models that do not fit on one; it divides their number. Images are spread over all
+            copies.
+        distributed: This is one of several processes that train together, started by Slurm, Open
+            MPI, Kubernetes or on each host of a TPU slice, where jax finds the others.
+        coordinator: Elsewhere: where process 0 listens to the others.
+        processes: Elsewhere: how many there are.
+        process_id: Elsewhere: which one this is, from 0.
     """
 
     command: Annotated[Literal["both", "train", "evaluate", "export"], tyro.conf.Positional] = (
@@ -71,6 +81,11 @@ class Arguments:
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     skip_non_finite: tyro.conf.FlagCreatePairsOff[bool] = False
     from_run: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    model_devices: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
 
 
 @dataclass(frozen=True)
@@ -113,10 +128,23 @@ def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
         f"(default: {task.default}).",
         args=argv,
     )
+    try:
+        _run(task, arguments)
+    except Exception as error:
+        if hosts.count() == 1:
+            raise
+        hosts.end_after(error)
+
+
+def _run(task: Task[Any], arguments: Arguments) -> None:
     run: RunDirectory | None = None
     try:
-        run = _claim(task, arguments)
-        with skip_non_finite(arguments.skip_non_finite):
+        _join(arguments)
+        run = _open(task, arguments)
+        with (
+            skip_non_finite(arguments.skip_non_finite),
+            use_mesh(make_mesh(arguments.model_devices)),
+        ):
             _execute(task, arguments, run)
     except UserError as error:
         _fail(str(error))
@@ -132,19 +160,57 @@ def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
         say(str(stop) or "stopped at once")
         if run is not None:
             say(f"continue with `{_continuation(task, arguments, run)}`")
-        sys.exit(_STATUS_INTERRUPTED)
+        hosts.end(_STATUS_INTERRUPTED)
 
 
 def _fail(message: str) -> NoReturn:
     error_console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
-    sys.exit(_STATUS_ERROR)
+    hosts.end(_STATUS_ERROR)
+
+
+def _join(arguments: Arguments) -> None:
+    """Join the other processes, if there are any."""
+    if not arguments.distributed and arguments.coordinator is None:
+        if arguments.processes is not None or arguments.process_id is not None:
+            raise UserError("--processes and --process-id go with --coordinator HOST:PORT.")
+        return
+    if arguments.command in _OF_TRAINED:
+        raise UserError(
+            f"{arguments.command} runs in one process: start it once, without --distributed and "
+            "--coordinator."
+        )
+    hosts.join(arguments.coordinator, arguments.processes, arguments.process_id)
+
+
+def _open(task: Task[Any], arguments: Arguments) -> RunDirectory:
+    """The run directory that process 0 claims, for all processes."""
+    if hosts.is_first():
+        claimed: list[RunDirectory] = []
+
+        def claim() -> str:
+            claimed.append(_claim(task, arguments))
+            return str(claimed[0].path.absolute())
+
+        hosts.from_first(claim)
+        return claimed[0]
+    path = Path(hosts.from_first(str))
+    if not holds_run(path):
+        raise UserError(
+            f"process {jax.process_index()} does not see {path}, which process 0 claimed; name a "
+            "directory on a file system that all hosts share with --run-dir."
+        )
+    return open_run(path, task.name)
 
 
 def _continuation(task: Task[Any], arguments: Arguments, run: RunDirectory) -> str:
-    words = "" if arguments.command == "both" else f" {arguments.command}"
-    data = f" --data-root {arguments.data_root}" if arguments.data_root is not None else ""
     resume = "" if arguments.command in _OF_TRAINED else " --resume"
-    return f"python -m experiments.{task.name}{words} --run-dir {run.path}{data}{resume}"
+    return _command(task, arguments.command, arguments, run) + resume
+
+
+def _command(task: Task[Any], command: str, arguments: Arguments, run: RunDirectory) -> str:
+    words = "" if command == "both" else f" {command}"
+    data = f" --data-root {arguments.data_root}" if arguments.data_root is not None else ""
+    return f"python -m experiments.{task.name}{words} --run-dir {run.path}{data}"
 
 
 def show_summary(summary: Summary, title: str) -> None:
@@ -219,10 +285,13 @@ def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
         task.export(settings, run, arguments.data_root)
         return
     if arguments.command != "evaluate":
-        if not is_trained(run):
+        if not is_trained(run) and hosts.is_first():
             run.discard_summary()
         task.train(settings, run, arguments.data_root)
-    if arguments.command != "train":
+    if arguments.command != "train" and hosts.count() > 1:
+        command = _command(task, "evaluate", arguments, run)
+        say(f"trained; evaluate in one process, with `{command}`")
+    elif arguments.command != "train":
         if task.adjust is not None:
             settings = task.adjust(settings, arguments)
         summary = task.evaluate(settings, run, arguments.data_root)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -26,6 +28,7 @@ HEARTBEAT_SECONDS = 60
 """A process that was not heard of for so long is taken for dead, and all others end."""
 
 _JOIN_SECONDS = 300  # hosts of a cluster may start minutes apart
+_GRACE_SECONDS = 3  # with process 0 the service ends that would stop the others in mid-sentence
 _MESSAGE = 2**14  # bytes that process 0 can tell the others at once
 
 
@@ -58,10 +61,15 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
         ) from error
 
 
-def leave() -> None:
-    """Wait until all processes are here, and part."""
-    if jax.distributed.is_initialized():
-        jax.distributed.shutdown()
+def end_after(error: Exception) -> NoReturn:
+    """Say that one of several processes ends, and why, and end it."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        traceback.print_exception(error)
+    sys.stderr.write(
+        f"error: process {jax.process_index()} of {count()} ends, most likely because another one "
+        f"did ({reason(error)}); when all have ended, start all again with --resume.\n"
+    )
+    end(1)
 
 
 def count() -> int:
@@ -74,8 +82,12 @@ def is_first() -> bool:
     return count() == 1 or jax.process_index() == 0
 
 
-def quit_at_once(status: int) -> NoReturn:
-    """End without waiting for the others, which a regular exit does: they notice it."""
+def end(status: int) -> NoReturn:
+    """End the process; one of several does not wait for the others, which notice it and end too."""
+    if count() == 1:
+        sys.exit(status)
+    if is_first():
+        time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -102,13 +114,6 @@ def from_first(action: Callable[[], str]) -> str:
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["value"]
-
-
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any process; all have to ask."""
-    if count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def wait(name: str) -> None:

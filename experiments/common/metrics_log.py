@@ -13,6 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
+from experiments.common import hosts
 from experiments.common.errors import UserError, reason
 from experiments.common.files import to_json, write_atomically
 
@@ -84,6 +85,21 @@ class MetricsLog:
                 f"metrics cannot be written to {self._path.parent} ({reason(error)}); make room, "
                 "or the directory writable, and continue with --resume."
             ) from error
+
+
+class NoLog:
+    """What all processes but the first log to: nothing."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def metrics_log(run: Path, step: int) -> MetricsLog | NoLog:
+    """The log of a run, see `MetricsLog`; process 0 alone writes it."""
+    return MetricsLog(run, step) if hosts.is_first() else NoLog()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

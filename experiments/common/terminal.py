@@ -17,5 +17,6 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning line to standard error."""
-    error_console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    """Print a warning line to standard error, on process 0 alone."""
+    if hosts.is_first():
+        error_console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)

@@ -8,13 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import jax
-
 from experiments.common import hosts
 from experiments.common.checkpoints import CheckpointWriter, restore_newest
 from experiments.common.errors import UserError
 from experiments.common.interruption import interruption
-from experiments.common.metrics_log import MetricsLog
+from experiments.common.metrics_log import MetricsLog, NoLog, metrics_log
 from experiments.common.non_finite import (
     NonFinite,
     culprit,
@@ -119,7 +117,7 @@ def fit(
         return state, notes["seconds"]
     with (
         closing(CheckpointWriter(run.checkpoints)) as writer,
-        closing(MetricsLog(run.path, step)) as log,
+        closing(metrics_log(run.path, step)) as log,
     ):
         training = _Training(
             update, state, step, notes, devices, batches, writer, log, run, schedule
@@ -141,7 +139,7 @@ class _Training:
         devices: DataParallel,
         batches: Batches,
         writer: CheckpointWriter,
-        log: MetricsLog,
+        log: MetricsLog | NoLog,
         run: RunDirectory,
         schedule: Schedule,
     ):
@@ -175,7 +173,7 @@ class _Training:
                 self._settle(in_flight=1)
                 self._writer.check()
                 last = self._step == schedule.steps
-                stop = asked(self._step) and not last
+                stop = asked(self._step)
                 if last or self._step % schedule.log_every == 0:
                     progress.report(self._step, self._write_row())
                 if last or stop or self._step % schedule.checkpoint_every == 0:
@@ -191,13 +189,13 @@ class _Training:
             return next(self._batches)
         except Exception as error:
             # Several processes save together or not at all, and the others know nothing of it.
-            if jax.process_count() > 1 or self._step == self._saved:
-                raise
-            self._save()
+            if hosts.count() == 1 and self._step > self._saved:
+                self._save()
             if isinstance(error, UserError | OSError):
                 raise UserError(
-                    f"training stopped after step {self._step}, which is saved, because its data "
-                    f"cannot be read any more: {error} Continue with --resume."
+                    f"training stopped at step {self._step}, because its data cannot be read any "
+                    f"more: {error}; the checkpoint of step {self._saved} is kept, continue with "
+                    "--resume."
                 ) from error
             raise
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.common import hosts
 from experiments.common.data import ImageData, load_images
 from experiments.common.errors import UserError
 from experiments.common.runs import (
@@ -113,8 +114,14 @@ def load_source(config: Config, run: RunDirectory, data_root: Path | None) -> So
 
 def _open(config: Config, run: RunDirectory) -> RunDirectory:
     folder = run.path / _FOLDER
-    if holds_run(folder):
-        return open_run(folder, "generative")
-    settings = PRESETS[config.generator]
-    record = RunRecord.new("generative", config.generator, run.record.seed, settings)
-    return start_run(folder, record)
+    started: list[RunDirectory] = []
+
+    def claim() -> str:
+        if not holds_run(folder):
+            settings = PRESETS[config.generator]
+            record = RunRecord.new("generative", config.generator, run.record.seed, settings)
+            started.append(start_run(folder, record))
+        return ""
+
+    hosts.from_first(claim)
+    return started[0] if started else open_run(folder, "generative")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.parallel import DataParallel, make_mesh, use_mesh
@@ -35,6 +37,13 @@ def train(task: str) -> tuple[object, dict, str]:
     return state, metrics, text
 
 
+def control() -> list[str]:
+    """The communication in a loop that XLA partitions by itself."""
+    numbers = DataParallel(BATCH).spread(np.ones(BATCH, np.float32))
+    loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: jnp.any(x < 9), lambda x: x + 1, x))
+    return collectives("\n".join(loops(loop.lower(numbers).compile().as_text())))
+
+
 def difference(one: object, other: object) -> float:
     """Norm of the difference over the norm."""
     ours, theirs = (
@@ -46,7 +55,7 @@ def difference(one: object, other: object) -> float:
 
 def main(tasks: str, model_devices: str = "1") -> None:
     """Print what was found."""
-    found = {}
+    found: dict[str, Any] = {"control": control()}
     count = len(jax.devices())
     for task in tasks.split(","):
         with use_mesh(make_mesh(devices=jax.devices()[:1])):
