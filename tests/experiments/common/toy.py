@@ -16,7 +16,7 @@ from experiments.common.checkpoints import restore_newest
 from experiments.common.cli import Summary, Task, main
 from experiments.common.data import ArrayImages, Split, batches
 from experiments.common.runs import RunDirectory
-from experiments.common.training import Schedule, fit
+from experiments.common.training import Batches, Schedule, fit
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Settings:
     checkpoint_every: int = 10
     pause: float = 0.0
     sizes: tuple[int, ...] = (3, 4)
+    poisoned: int | None = None  # the image that has a NaN
 
 
 class State(NamedTuple):
@@ -45,11 +46,14 @@ def initial(settings: Settings, seed: int) -> State:
     return State(params, optimizer(settings).init(params), key)
 
 
-def train(settings: Settings, run: RunDirectory, data_root: Path | None) -> None:
-    del data_root
+def image_order(settings: Settings, seed: int) -> Batches:
     pixels = np.random.default_rng(0).random((30, 1, 3, 1), np.float32)
-    order = batches(Split(ArrayImages(pixels)), 4, run.record.seed)
+    if settings.poisoned is not None:
+        pixels[settings.poisoned] = np.nan
+    return batches(Split(ArrayImages(pixels)), 4, seed)
 
+
+def step_of(settings: Settings):
     def update(state: State, batch: dict[str, jax.Array]):
         key, draw = jax.random.split(state.key)
         inputs = batch["image"][:, 0, :, 0]
@@ -64,8 +68,14 @@ def train(settings: Settings, run: RunDirectory, data_root: Path | None) -> None
         updates, memory = optimizer(settings).update(gradient, state.optimizer)
         return State(optax.apply_updates(state.params, updates), memory, key), {"loss": value}
 
+    return update
+
+
+def train(settings: Settings, run: RunDirectory, data_root: Path | None) -> None:
+    del data_root
+    seed = run.record.seed
     schedule = Schedule(settings.steps, settings.log_every, settings.checkpoint_every)
-    fit(update, initial(settings, run.record.seed), order, run, schedule)
+    fit(step_of(settings), initial(settings, seed), image_order(settings, seed), run, schedule)
 
 
 def evaluate(settings: Settings, run: RunDirectory, data_root: Path | None) -> Summary:
@@ -82,6 +92,8 @@ TASK = Task(
         "fast": Settings(),
         "slow": Settings(pause=0.05),
         "explosive": Settings(learning_rate=1e30),
+        "poisoned": Settings(poisoned=7),
+        "large": Settings(sizes=(3, 40_000)),
     },
     default="fast",
     train=train,
