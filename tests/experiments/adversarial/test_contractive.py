@@ -42,3 +42,17 @@ def test_shapes_follow_the_strides():
     assert z.shape == (5, 2, 2, 6)
     assert model.cell(z, jnp.ones((5, 8, 8, 1))).shape == z.shape
     assert model.head(z).shape == (5, 10)
+
+
+def test_the_loss_has_no_kinks(victim):
+    ends = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
+
+    def largest_jump(points):
+        share = jnp.linspace(0.0, 1.0, points)[:, None, None, None]
+        images = (1 - share) * ends[0] + share * ends[1]
+        gradient = jax.grad(lambda images: jnp.sum(victim.predict(images)[:, 0]))(images)
+        return jnp.max(jnp.abs(jnp.diff(gradient, axis=0)))
+
+    # Twice as many points on the way halve the differences of a continuous gradient; where a unit
+    # switches, they stay.
+    assert largest_jump(257) < 0.6 * largest_jump(129)
