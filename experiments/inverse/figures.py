@@ -12,7 +12,7 @@ from experiments.inverse.measurements import KINDS, Kind
 from experiments.inverse.solvers import Batch, Restored
 
 _SHOWN = 12  # images a row
-_HIDDEN = 0.5  # grey of hidden pixels
+_HIDDEN = (0.34, 0.71, 0.91)  # a colour, which no pixel has that is seen
 _LABELS = {
     "joint": "joint, trained\nfor the task",
     "unconditional": "joint, no task",
@@ -24,9 +24,11 @@ _LABELS = {
 
 def restorations(path: Path, kind: Kind, batch: Batch, restored: Mapping[str, Restored]) -> None:
     """Originals, what was observed, and what each method made of it; the whole in rows."""
-    shown = np.where(np.asarray(batch.how.mask) > 0, np.asarray(batch.observed), _HIDDEN)
-    observed = np.clip(shown, 0, 1)
-    rows = {"original": batch.clean[:_SHOWN], "observed": observed[:_SHOWN]}
+    observed = np.clip(np.asarray(batch.observed)[:_SHOWN], 0, 1)
+    seen = np.asarray(batch.how.mask)[:_SHOWN] > 0
+    if not seen.all():
+        observed = np.where(seen, observed, np.array(_HIDDEN))
+    rows = {"original": batch.clean[:_SHOWN], "observed": observed}
     rows |= {label: restored[name].images[:_SHOWN] for name, label in _LABELS.items()}
     plots.image_rows(path, rows, kind.label)
 

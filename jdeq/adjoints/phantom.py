@@ -50,8 +50,8 @@ class Phantom:
 
     With the damped map ``h = (1 - damping) z + damping f`` and ``steps`` applications of it,
 
-        unrolled  the vector-Jacobian product of ``h`` applied ``steps`` times from ``z*``
-        neumann   ``damping sum_{i < steps} v^T ((1 - damping) I + damping J)^i df/dtheta``
+        unrolled  the vector-Jacobian product of h, applied steps times from z*
+        neumann   damping sum_{i < steps} v^T ((1 - damping) I + damping J)^i df/dtheta
 
     Both tend to the implicit gradient as ``steps`` grows where ``h`` contracts; the bias falls like
     its rate to the power of ``steps``. At a fixed point solved exactly both are the same numbers;
