@@ -46,7 +46,8 @@ def make_mesh(model_devices: int = 1, devices: list[jax.Device] | None = None) -
     Raises:
         UserError: The number of devices is not a multiple of `model_devices`.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:  # those of a process side by side, as its rows of a batch have to be
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if model_devices < 1 or len(devices) % model_devices:
         raise UserError(
             f"{len(devices)} devices cannot be divided into groups of {model_devices} for "

@@ -25,6 +25,20 @@ def test_estimates_the_frobenius_norm_of_each_problems_jacobian():
     assert got.shape == (problems.B,)
 
 
+def test_with_a_key_each_problems_estimate_does_not_depend_on_the_others():
+    p = problems.tanh()
+    z = jnp.array(np.random.default_rng(0).normal(size=p.z0.shape))
+    keys = jax.random.split(jax.random.key(2), problems.B)
+    together = estimate(p.params, p.x, z, keys, 3)
+    rest = estimate(p.params, p.x[1:], z[1:], keys[1:], 3)
+    np.testing.assert_allclose(together[1:], rest, rtol=1e-12)
+    assert len(set(np.asarray(together / rest[0]).round(6).tolist())) == problems.B
+    f = problems.tanh_cell(p.params, z, p.x)
+    want = jnp.sum(((1 - f**2)[:, :, None] * p.params["W"]) ** 2, (1, 2)) / problems.N
+    got = jax.jit(estimate, static_argnums=4)(p.params, p.x, z, keys, 20000)
+    np.testing.assert_allclose(got, want, rtol=0.05)
+
+
 def test_one_probe_is_one_product_and_is_differentiable():
     p = problems.tanh()
 

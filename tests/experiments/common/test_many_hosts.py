@@ -18,7 +18,6 @@ import pytest
 from experiments.common.checkpoints import restore_newest, saved_steps
 from experiments.common.cli import main
 from experiments.common.hosts import HEARTBEAT_SECONDS
-from experiments.common.parallel import make_mesh, use_mesh
 from experiments.common.runs import read_metrics
 from tests.experiments.common import commands, small_run
 from tests.experiments.common.small_tasks import TASKS
@@ -64,8 +63,7 @@ def train_together(count, path, *arguments):
 
 
 def train_alone(path, *arguments):
-    with use_mesh(make_mesh(devices=jax.devices()[:1])):
-        main(small_run.TASK, ["train", "--run-dir", str(path), *arguments])
+    main(small_run.TASK, ["train", "--run-dir", str(path), *arguments])
 
 
 def parameters(path, preset):
@@ -103,6 +101,13 @@ def test_every_task_trains_on_several_processes_as_on_one(tmp_path, preset, coun
     train_together(count, tmp_path / "several", "--preset", preset)
     train_alone(tmp_path / "one", "--preset", preset)
     assert_equal_runs(tmp_path / "several", tmp_path / "one", preset, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_parameters_spread_over_processes_train_and_are_restored_as_on_one(tmp_path):
+    train_together(4, tmp_path / "several", "--preset", "generative", "--model-devices", "2")
+    train_alone(tmp_path / "one", "--preset", "generative")
+    assert_equal_runs(tmp_path / "several", tmp_path / "one", "generative", rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
