@@ -29,6 +29,8 @@ def bilinear_upsample(x: Array, size: tuple[int, int]) -> Array:
             f"bilinear_upsample got size={size} for a map of {height} x {width}: give a size that "
             "is at least as large in both directions."
         )
+    if size == (height, width):
+        return x
     rows = _apply(_interpolation(height, size[0]), x.reshape(batch, height, width * channels))
     columns = _apply(_interpolation(width, size[1]), rows.reshape(batch * size[0], width, channels))
     return columns.reshape(batch, *size, channels)
