@@ -6,6 +6,9 @@ The same parameters and test images, with float32 and with bfloat16 states and a
 the one of training, so many iterations of Adam in the map, and the default one of the evaluation,
 at several tolerances. Residuals are given twice: as the solve itself reports them, whose map rounds
 its results to the state's dtype, and measured at the returned point in float32 throughout.
+
+With `--training-steps` both are also trained anew, for so many steps on the same batches, and judged
+by the same float32 solve.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import tyro
 import jdeq
 from experiments.benchmarks.problems import row_norms
 from experiments.benchmarks.timing import spread, surroundings
-from experiments.common.data import load_images
+from experiments.common.data import ImageData, batches, load_images
 from experiments.common.metrics import psnr
 from experiments.common.runs import open_run
 from experiments.generative.config import Config
@@ -31,13 +34,16 @@ from experiments.generative.evaluate import load_generator
 from experiments.generative.problem import (
     Generator,
     build_generator,
+    mean_image,
     squared_error,
     training_method,
 )
+from experiments.generative.train import initial_state, step_of
 
 PyTree = Any
 
 DTYPES = ("float32", "bfloat16")
+_JUDGE = {"rtol": 1e-2, "max_steps": 300}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Options:
         images: Test images, at most.
         rtols: Tolerances of the default solve.
         patience: Iterations without a lower objective after which one of its problems stops.
+        training_steps: Of a training with each dtype; 0 for none.
     """
 
     run_dir: Path
@@ -59,6 +66,7 @@ class Options:
     images: int = 360
     rtols: tuple[float, ...] = (3e-2, 1e-2, 1e-3)
     patience: int = 40
+    training_steps: int = 0
 
 
 def main(options: Options) -> None:
@@ -92,13 +100,33 @@ def main(options: Options) -> None:
         for name, solve in solves.items()
     }
     report(rows)
+    trained = {}
+    if options.training_steps:
+        schedule = replace(config, steps=options.training_steps)
+        for dtype in DTYPES:
+            params = train(replace(schedule, state_dtype=dtype), data, run.record.seed)
+            trained[dtype] = measure(
+                generators["float32"], generators["float32"], params, targets, _JUDGE
+            )
+        report({f"trained for {options.training_steps} steps, solved in float32": trained})
     result = {
         "run": {"preset": run.record.preset, "seed": run.record.seed, "step": restored.step},
         "images": len(targets),
         **surroundings("flax", "optax"),
         "rows": rows,
+        "trained": {"steps": options.training_steps, **trained},
     }
     options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def train(config: Config, data: ImageData, seed: int) -> PyTree:
+    """The parameters after a training as the task does it."""
+    generator, params = build_generator(config, data.shape, seed, mean_image(data))
+    update = jax.jit(step_of(config, generator), donate_argnums=0)
+    state, order = initial_state(config, params, seed), batches(data.train, config.batch_size, seed)
+    for _ in range(config.steps):
+        state, _ = update(state, next(order))
+    return state.params
 
 
 def measure(
