@@ -7,8 +7,8 @@ the one of training, so many iterations of Adam in the map, and the default one 
 at several tolerances. Residuals are given twice: as the solve itself reports them, whose map rounds
 its results to the state's dtype, and measured at the returned point in float32 throughout.
 
-With `--training-steps` both are also trained anew, for so many steps on the same batches, and judged
-by the same float32 solve.
+With `--training-steps` both are also trained anew, for so many steps on the same batches, and
+judged by the same float32 solve.
 """
 
 from __future__ import annotations
