@@ -18,7 +18,6 @@ from experiments.common.parallel import make_mesh, use_mesh
 from experiments.common.runs import (
     RunDirectory,
     RunRecord,
-    abandon_run,
     check_writable,
     continue_run,
     holds_run,
@@ -262,14 +261,13 @@ def _claim(task: Task[Any], arguments: Arguments) -> RunDirectory:
         say(f"{path} holds no run yet: starting at step 0.")
     preset = arguments.preset or task.default
     settings = task.presets[preset]
-    run = start_run(path, RunRecord.new(task.name, preset, arguments.seed or 0, settings))
-    if arguments.from_run is not None and task.adopt is not None:
-        try:
+    record = RunRecord.new(task.name, preset, arguments.seed or 0, settings)
+
+    def adopt(run: RunDirectory) -> None:
+        if arguments.from_run is not None and task.adopt is not None:
             task.adopt(settings, run, arguments.from_run)
-        except UserError:
-            abandon_run(run)
-            raise
-    return run
+
+    return start_run(path, record, adopt)
 
 
 def _existing(task: Task[Any], arguments: Arguments) -> Path:

@@ -18,7 +18,7 @@ import json
 import platform
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,6 @@ from experiments.common.metrics_log import read_metrics
 __all__ = [
     "RunDirectory",
     "RunRecord",
-    "abandon_run",
     "check_writable",
     "continue_run",
     "holds_run",
@@ -157,10 +156,18 @@ def new_directory(parent: Path, preset: str) -> Path:
             return path
 
 
-def start_run(path: Path, record: RunRecord) -> RunDirectory:
+def start_run(
+    path: Path, record: RunRecord, prepare: Callable[[RunDirectory], None] | None = None
+) -> RunDirectory:
     """Claim a directory for a new run; it is made if it does not exist.
 
     It is this process's alone as long as the returned object lives.
+
+    Args:
+        path: The directory.
+        record: What its `config.json` will say.
+        prepare: Puts into the directory what the run starts from; until it is done, the directory
+            holds no run.
 
     Raises:
         UserError: The directory is not empty, is in use, or cannot be written.
@@ -171,13 +178,11 @@ def start_run(path: Path, record: RunRecord) -> RunDirectory:
     _check_empty(path)  # another process may have been quicker
     number = 1 + max((run.record.number for run in _runs_in(path.parent)), default=0)
     record = dataclasses.replace(record, number=number)
+    run = RunDirectory(path, record, held)
+    if prepare is not None:
+        prepare(run)
     write_json(path / _CONFIG, dataclasses.asdict(record))
-    return RunDirectory(path, record, held)
-
-
-def abandon_run(run: RunDirectory) -> None:
-    """Give up a directory that was claimed, but in which nothing was done yet."""
-    (run.path / _CONFIG).unlink()
+    return run
 
 
 def continue_run(

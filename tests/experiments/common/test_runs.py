@@ -18,6 +18,7 @@ from experiments.common.runs import (
     RunRecord,
     check_writable,
     continue_run,
+    holds_run,
     new_directory,
     newest_run,
     open_run,
@@ -87,6 +88,18 @@ def test_directories_that_hold_something_else_or_cannot_be_written_are_refused(t
 def test_a_start_killed_before_its_first_file_can_be_repeated(tmp_path, record):
     (tmp_path / ".config.json.tmp").write_text('{"task": "to')
     assert start_run(tmp_path, record).record == record
+
+
+def test_a_run_is_none_until_what_it_starts_from_is_there(tmp_path, record):
+    def interrupted(run):
+        (run.path / "generator").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start_run(tmp_path, record, interrupted)
+    assert not holds_run(tmp_path)
+    with pytest.raises(UserError, match="neither empty nor a run"):
+        start_run(tmp_path, record)
 
 
 def test_a_damaged_or_missing_config_is_named(tmp_path):
