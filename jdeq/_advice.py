@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jdeq.solution import Result
@@ -31,6 +32,9 @@ _UNRELIABLE = 1e-2
 
 _NEGATIVE = 1e-4
 """Share of the largest curvature that a negative one must have to count as such."""
+
+_FLOOR = 100
+"""Relative residuals within so many machine epsilons are as small as rounding lets them be."""
 
 _BLOCKS = {"state": "state", "adjoint": "adjoint", "stationarity": "input (stationarity)"}
 
@@ -69,6 +73,7 @@ def advice(diagnosis: Diagnosis) -> list[str]:
     """What stands out, the outcome first."""
     found = [
         *_of_outcomes(diagnosis),
+        *_of_rounding(diagnosis),
         *_of_solves(diagnosis),
         *_of_contraction(diagnosis),
         *_of_relaxation(diagnosis),
@@ -96,6 +101,18 @@ def _of_outcomes(diagnosis: Diagnosis) -> list[str]:
             f"relative to its tolerance: {_number(medians[worst])} in the median."
         )
     return found
+
+
+def _of_rounding(diagnosis: Diagnosis) -> list[str]:
+    floor = _at_floor(diagnosis)
+    if not np.any(floor):
+        return []
+    dtype = np.dtype(diagnosis.relative.state.dtype).name
+    return [
+        f"In {_share(floor)} that did not converge all residuals are at the rounding floor of "
+        f"{dtype}: no further step makes them smaller; ask for a looser rtol, or compute at a "
+        f"higher precision."
+    ]
 
 
 def _of_solves(diagnosis: Diagnosis) -> list[str]:
@@ -148,6 +165,7 @@ def _of_steps(diagnosis: Diagnosis) -> list[str]:
     # at one, to rounding, whatever the step.
     unstable = (radius > 1 + 1e-4) & (_array(diagnosis.solution.result) != Result.converged)
     unstable &= (_array(diagnosis.state_radius) < 1) & ~_negative(diagnosis)
+    unstable &= ~_at_floor(diagnosis)
     too_long = step > stable
     found = []
     if np.any(too_long):
@@ -201,6 +219,14 @@ def _of_kernel(diagnosis: Diagnosis) -> list[str]:
 def _negative(diagnosis: Diagnosis) -> np.ndarray:
     smallest, largest = _array(diagnosis.hessian_smallest), _array(diagnosis.hessian_largest)
     return smallest < -_NEGATIVE * np.maximum(np.abs(largest), np.abs(smallest))
+
+
+def _at_floor(diagnosis: Diagnosis) -> np.ndarray:
+    """Which unfinished problems cannot be solved any better in their dtype."""
+    codes = _array(diagnosis.solution.result)
+    unfinished = (codes == Result.max_steps) | (codes == Result.stagnated)
+    limit = _FLOOR * float(jnp.finfo(diagnosis.relative.state.dtype).eps)
+    return unfinished & (np.max([_array(block) for block in diagnosis.relative], axis=0) <= limit)
 
 
 def _outcomes(diagnosis: Diagnosis) -> str:

@@ -248,6 +248,26 @@ def test_the_unfinished_block_is_named():
     assert any("that of the adjoint is the largest" in sentence for sentence in d.advice)
 
 
+def test_the_rounding_floor_is_named_and_nothing_else_blamed():
+    def found(size, code):
+        column = jnp.full(2, size, jnp.float32)
+        start = jdeq.AugmentedState(*[jnp.zeros((2, 1))] * 3)
+        codes = jnp.full(2, code, jnp.int32)
+        residual = jdeq.KKTResidual(column, column, column)
+        solution = jdeq.Solution(start, codes, codes, residual)
+        numbers = [jnp.full(2, value) for value in (0.3, 1.0, 1.2, 0.1, 2.0, 1.0, 0.5, 1.0, 1e-7)]
+        return " ".join(jdeq.Diagnosis(solution, residual, *numbers).advice)
+
+    at_floor = found(1e-6, Result.max_steps)
+    assert "2 of 2 problems that did not converge" in at_floor
+    assert "rounding floor of float32" in at_floor
+    assert "diverges" not in at_floor
+    assert "rounding floor of" not in found(1e-6, Result.converged)
+    above = found(1e-3, Result.max_steps)
+    assert "rounding floor of float32" not in above
+    assert "diverges" in above
+
+
 def test_refuses_what_does_not_go_together():
     o = problems.optimum()
     s = jdeq.joint_solve(*o.arguments, max_steps=3)
