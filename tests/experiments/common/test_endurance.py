@@ -5,6 +5,8 @@ Every run here is interrupted in this process; `test_training` and `test_kills` 
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import resource
 import shutil
@@ -221,6 +223,16 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, capsys):
         for folder in (path, tmp_path / "undisturbed")
     )
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_disk_that_is_full_while_figures_are_drawn_is_one_sentence(tmp_path, capsys):
+    def evaluate(settings, run, data_root):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "figure.png")
+
+    task = dataclasses.replace(toy.TASK, evaluate=evaluate)
+    message = commands.fail(task, capsys, "--run-dir", tmp_path / "run")
+    assert "figure.png cannot be written or read (No space left on device)" in message
+    assert f"--run-dir {tmp_path / 'run'} --resume" in message
 
 
 POISONED = toy.TASK.presets["poisoned"]

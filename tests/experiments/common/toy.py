@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from experiments.common.data import ArrayImages, Split, batches
 from experiments.common.runs import RunDirectory
 from experiments.common.training import Batches, Schedule, fit
 
+PAUSE = "JDEQ_TOY_PAUSE"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -25,7 +28,7 @@ class Settings:
     learning_rate: float = 0.05
     log_every: int = 5
     checkpoint_every: int = 10
-    pause: float = 0.0
+    pauses: bool = False  # for as many seconds as PAUSE of the environment says
     sizes: tuple[int, ...] = (3, 4)
     poisoned: int | None = None  # the image that has a NaN
 
@@ -63,8 +66,8 @@ def step_of(settings: Settings):
             return jnp.mean((inputs @ params["weight"] + noise - 1) ** 2)
 
         value, gradient = jax.value_and_grad(loss)(state.params)
-        if settings.pause:
-            jax.debug.callback(lambda: time.sleep(settings.pause))
+        if settings.pauses:
+            jax.debug.callback(lambda: time.sleep(float(os.environ.get(PAUSE, "0.05"))))
         updates, memory = optimizer(settings).update(gradient, state.optimizer)
         return State(optax.apply_updates(state.params, updates), memory, key), {"loss": value}
 
@@ -90,7 +93,9 @@ TASK = Task(
     description="Train a line.",
     presets={
         "fast": Settings(),
-        "slow": Settings(pause=0.05),
+        "slow": Settings(pauses=True),
+        "long": Settings(steps=800, checkpoint_every=4, pauses=True),
+        "undisturbed": Settings(steps=800, checkpoint_every=400, pauses=True),
         "explosive": Settings(learning_rate=1e30),
         "poisoned": Settings(poisoned=7),
         "large": Settings(sizes=(3, 40_000)),
