@@ -20,11 +20,6 @@ from experiments.generative import classifier, nested_training, vae
 from experiments.generative import train as generative
 from experiments.generative.config import PRESETS as GENERATIVE
 from experiments.generative.problem import build_generator
-from experiments.inverse import train as inverse
-from experiments.inverse.config import PRESETS as INVERSE
-from experiments.inverse.measurements import KINDS
-from experiments.inverse.problem import Prior
-from experiments.inverse.source import Source
 from experiments.meta import train as meta
 from experiments.meta.baselines import build_baseline
 from experiments.meta.problem import build_learner
@@ -36,7 +31,6 @@ _GENERATIVE = replace(
     GENERATIVE["smoke"], hidden=HIDDEN, decoder_hidden=32, latent_dim=4, batch_size=BATCH,
     inner_steps=8, warm_starts=24, nested_inner_steps=3, jacobian_weight=1.0,
 )  # fmt: skip
-_INVERSE = replace(INVERSE["smoke"], batch_size=BATCH, inner_steps=8)
 _ADVERSARIAL = replace(ADVERSARIAL["smoke"], batch_size=BATCH, jacobian_weight=0.1)
 
 
@@ -98,11 +92,19 @@ def _attacked(model: str) -> Training:
 
 
 def _inverse() -> Training:
+    # They take longer to import than all the rest, which other processes need not wait for.
+    from experiments.inverse import train as inverse
+    from experiments.inverse.config import PRESETS
+    from experiments.inverse.measurements import KINDS
+    from experiments.inverse.problem import Prior
+    from experiments.inverse.source import Source
+
+    config = replace(PRESETS["smoke"], batch_size=BATCH, inner_steps=8)
     generator, params = build_generator(_GENERATIVE, _SHAPE, seed=0)
     source = Source(data(), generator, _GENERATIVE, params, None)
     prior, penalty = Prior.standard(_GENERATIVE.latent_dim), jnp.full(len(KINDS), 0.1)
-    state = inverse.initial_state(_INVERSE, params, prior, penalty, seed=0)
-    return Training(inverse.step_of(_INVERSE, source), state, _images())
+    state = inverse.initial_state(config, params, prior, penalty, seed=0)
+    return Training(inverse.step_of(config, source), state, _images())
 
 
 def _few_shot(config: Any) -> Training:
