@@ -29,7 +29,7 @@ from experiments.benchmarks.timing import spread, surroundings
 from experiments.common.data import ImageData, batches, load_images
 from experiments.common.metrics import psnr
 from experiments.common.runs import open_run
-from experiments.generative.config import Config
+from experiments.generative.config import Config, StateDtype
 from experiments.generative.evaluate import load_generator
 from experiments.generative.problem import (
     Generator,
@@ -42,7 +42,7 @@ from experiments.generative.train import initial_state, step_of
 
 PyTree = Any
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[StateDtype, ...] = ("float32", "bfloat16")
 _JUDGE = {"rtol": 1e-2, "max_steps": 300}
 
 

@@ -1,6 +1,6 @@
 """Images a second and memory of a training step of the generator, against the batch.
 
-    python -m experiments.benchmarks.throughput --output throughput.json
+    python -m experiments.benchmarks.throughput --output throughput.json --figure throughput.png
 
 One whole step: joint solve, Jacobian penalty, envelope gradient and AdamW, of an untrained network
 on random images. Batches grow by a factor until a step takes too long or no longer fits. Memory is
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
 
 from experiments.benchmarks.timing import Seconds, seconds, spread, surroundings
-from experiments.generative.config import PRESETS, Config
+from experiments.common.plots import Curve, curves
+from experiments.generative.config import PRESETS, Config, StateDtype
 from experiments.generative.problem import build_generator
 from experiments.generative.train import initial_state, step_of
 
@@ -37,6 +39,7 @@ class Options:
 
     Attributes:
         output: JSON file to write; rows are added to those that it holds.
+        figure: png to draw of them all, if any.
         presets: Presets of the generative task.
         dtypes: Of states and adjoints.
         first: Smallest batch.
@@ -47,8 +50,9 @@ class Options:
     """
 
     output: Path
+    figure: Path | None = None
     presets: tuple[str, ...] = ("digits", "mnist", "celeba-published")
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[StateDtype, ...] = ("float32", "bfloat16")
     first: int = 1
     factor: int = 4
     largest: int = 4096
@@ -75,6 +79,8 @@ def main(options: Options) -> None:
                 if row["seconds"]["median"] > options.limit:
                     break
                 batch *= options.factor
+    if options.figure is not None:
+        draw(options.figure, rows)
 
 
 def measure(config: Config, limit: float, repeats: int) -> dict[str, Any] | None:
@@ -92,6 +98,7 @@ def measure(config: Config, limit: float, repeats: int) -> dict[str, Any] | None
     batch = {"image": images, "index": jax.numpy.arange(config.batch_size)}
     update = jax.jit(step_of(config, generator), donate_argnums=0)
     compiled: Any = None
+    metrics: PyTree = None
 
     def compile_step() -> None:
         nonlocal compiled
@@ -102,7 +109,6 @@ def measure(config: Config, limit: float, repeats: int) -> dict[str, Any] | None
         state, metrics = compiled(state, batch)
         return metrics
 
-    metrics: PyTree = None
     try:
         compilation = seconds(compile_step)
         samples = [seconds(run)]
@@ -152,6 +158,33 @@ def report(row: dict[str, Any]) -> None:
         f"{row['compile_seconds']['wall']:.0f} s); {row['bytes']['total'] / _MIB:.1f} MiB, "
         f"process at most {row['peak_resident_bytes'] / _MIB:.0f} MiB",
         flush=True,
+    )
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Images a second of processor time, and memory, against the batch."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        series.setdefault(f"{row['preset']}, {row['state_dtype']}", []).append(row)
+    speed, space = {}, {}
+    for label, points in series.items():
+        batches = np.array([row["batch"] for row in points])
+        spent = {
+            key: np.array([row["cpu_seconds"][key] for row in points])
+            for key in ("median", "min", "max")
+        }
+        speed[label] = Curve(
+            batches, batches / spent["median"], batches / spent["max"], batches / spent["min"]
+        )
+        space[label] = Curve(batches, np.array([row["bytes"]["total"] for row in points]) / _MIB)
+    curves(
+        path,
+        [speed, space],
+        titles=["Training step: speed", "Training step: memory"],
+        xlabels=["batch"] * 2,
+        ylabels=["images a second of processor time", "MiB, by XLA's account"],
+        log_x=True,
+        marker="o",
     )
 
 

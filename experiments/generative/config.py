@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+StateDtype = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -68,7 +70,7 @@ class Config:
     hidden: int = 512
     decoder_hidden: int = 512
     contraction: float = 0.9
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: StateDtype = "float32"
     channels: tuple[int, ...] = ()
     batch_size: int = 64
     learning_rate: float = 1e-3
