@@ -92,7 +92,7 @@ def main(options: Options) -> None:
             "max_steps": config.evaluation_steps,
             "patience": options.patience,
         }
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             dtype: measure(generator, generators["float32"], params, targets, solve)
             for dtype, generator in generators.items()
@@ -100,7 +100,7 @@ def main(options: Options) -> None:
         for name, solve in solves.items()
     }
     report(rows)
-    trained = {}
+    trained: dict[str, Any] = {}
     if options.training_steps:
         schedule = replace(config, steps=options.training_steps)
         for dtype in DTYPES:
@@ -185,7 +185,7 @@ def relative(residual: jdeq.KKTResidual, at: jdeq.AugmentedState) -> dict[str, d
     }
 
 
-def report(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
+def report(rows: dict[str, dict[str, Any]]) -> None:
     """Print the medians."""
     for name, by_dtype in rows.items():
         print(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import jdeq
 from experiments.benchmarks import mixed_precision, plan, scaling, throughput
+from experiments.benchmarks.timing import Seconds
 from experiments.generative.config import PRESETS
 from experiments.generative.problem import build_generator
 from jdeq.nn import conv2d
@@ -41,6 +43,37 @@ def test_throughput_of_a_step_and_its_memory():
 def test_a_step_beyond_the_limit_is_measured_once():
     row = throughput.measure(replace(SMALL, batch_size=2), limit=0.0, repeats=2)
     assert row["runs"] == 1
+
+
+def test_batches_grow_until_a_step_takes_too_long_and_rows_are_added(tmp_path, monkeypatch):
+    def measured(config, limit, repeats):
+        taken = {"median": config.batch_size / 10, "min": 0.01, "max": 99.0}
+        row = throughput.memory(jax.jit(jnp.sin).lower(1.0).compile())
+        return {
+            "runs": repeats, "seconds": taken, "cpu_seconds": taken, "bytes": row,
+            "compile_seconds": {"wall": 1.0}, "peak_resident_bytes": throughput.peak_resident(),
+        }  # fmt: skip
+
+    monkeypatch.setattr(throughput, "measure", measured)
+    output, figure = tmp_path / "out.json", tmp_path / "figure.png"
+    options = throughput.Options(output, figure, presets=("digits",), limit=1.5)
+    for dtype in ("float32", "bfloat16"):
+        throughput.main(replace(options, dtypes=(dtype,)))
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["state_dtype"], row["batch"]) for row in rows] == [
+        (dtype, batch) for dtype in ("float32", "bfloat16") for batch in (1, 4, 16)
+    ]
+    assert figure.stat().st_size > 0
+
+
+def test_a_sweep_is_fitted_and_drawn(tmp_path):
+    sweep = [scaling.Size(state=n) for n in (64, 128, 256)]
+    taken = {str(size): Seconds([1.0], [2e-3 * size.state**2]) for size in sweep}
+    row = scaling.summary("state", sweep, taken)
+    assert row["exponent"] == pytest.approx(2, abs=1e-6)
+    assert 0 < row["predicted_exponent"] < 1  # at these sizes the decoder has most of the work
+    scaling.draw(tmp_path / "figure.png", {"state": row})
+    assert (tmp_path / "figure.png").stat().st_size > 0
 
 
 def test_exponents_are_slopes_of_logarithms():
