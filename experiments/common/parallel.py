@@ -151,7 +151,7 @@ def mean_over_shards(tree: PyTree) -> PyTree:
     return lax.pmean(tree, BATCH)
 
 
-class DataParallel:
+class Devices:
     """Places states and batches on the devices of the current mesh.
 
     Args:
@@ -182,14 +182,14 @@ class DataParallel:
 
         return jax.jit(update if self._mesh.size == 1 else placed, donate_argnums=0)
 
-    def replicate(self, state: PyTree) -> PyTree:
+    def place(self, state: PyTree) -> PyTree:
         """The state of process 0 on the devices, copied or spread."""
         if self._mesh.size == 1:
             return state
         return jax.tree.map(hosts.place, state, self._shardings(state))
 
     def template(self, state: PyTree) -> PyTree:
-        """Shapes, dtypes and places of the arrays that `replicate` makes of a state."""
+        """Shapes, dtypes and places of the arrays that `place` makes of a state."""
         if self._mesh.size == 1:
             return state
         return jax.tree.map(

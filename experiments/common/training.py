@@ -21,7 +21,7 @@ from experiments.common.non_finite import (
     save_non_finite,
     skips_non_finite,
 )
-from experiments.common.parallel import DataParallel
+from experiments.common.parallel import Devices
 from experiments.common.progress import training_progress
 from experiments.common.runs import RunDirectory
 from experiments.common.terminal import say
@@ -107,7 +107,7 @@ def fit(
     """
     notes: dict[str, Any] = {"seconds": 0.0}
     step = 0
-    devices = DataParallel(batches.size)
+    devices = Devices(batches.size)
     restored = restore_newest(run.checkpoints, devices.template(state), discard=True)
     if restored is not None:
         step, state, notes = restored
@@ -136,7 +136,7 @@ class _Training:
         state: PyTree,
         step: int,
         notes: dict[str, Any],
-        devices: DataParallel,
+        devices: Devices,
         batches: Batches,
         writer: CheckpointWriter,
         log: MetricsLog | NoLog,
@@ -146,7 +146,7 @@ class _Training:
         self._devices = devices
         self._skips = skips_non_finite()
         self._update = self._devices.compile(guarded(update, self._skips))
-        self.state = self._devices.replicate(guard(state))
+        self.state = self._devices.place(guard(state))
         self._step = self._saved = step
         self._window = MetricsWindow(notes.get("rows", []))
         self._seconds_before = notes["seconds"]

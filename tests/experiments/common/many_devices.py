@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common.parallel import DataParallel, make_mesh, use_mesh
+from experiments.common.parallel import Devices, make_mesh, use_mesh
 from tests.experiments.common.hlo import collectives, loops
 from tests.experiments.common.small_tasks import BATCH, HIDDEN, TASKS, Training
 
@@ -25,9 +25,9 @@ STEPS = 3
 def train(task: str) -> tuple[object, dict, str]:
     """The parameters after a few steps, the last metrics, and the compiled program."""
     training: Training = TASKS[task]()
-    devices = DataParallel(BATCH)
+    devices = Devices(BATCH)
     update = devices.compile(training.update)
-    state, text = devices.replicate(training.state), ""
+    state, text = devices.place(training.state), ""
     for _ in range(STEPS):
         batch = devices.spread(next(training.batches))
         if not text:
@@ -39,7 +39,7 @@ def train(task: str) -> tuple[object, dict, str]:
 
 def control() -> list[str]:
     """The communication in a loop that XLA partitions by itself."""
-    numbers = DataParallel(BATCH).spread(np.ones(BATCH, np.float32))
+    numbers = Devices(BATCH).spread(np.ones(BATCH, np.float32))
     loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: jnp.any(x < 9), lambda x: x + 1, x))
     return collectives("\n".join(loops(loop.lower(numbers).compile().as_text())))
 

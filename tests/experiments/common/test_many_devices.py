@@ -118,10 +118,10 @@ ENTRY %main (p: f32[16,40]) -> f32[16,40] {
 def test_a_batch_that_does_not_divide_by_all_devices_is_spread_over_some():
     code = """
 import jax, numpy as np
-from experiments.common.parallel import DataParallel, local_rows, mesh_for
+from experiments.common.parallel import Devices, local_rows, mesh_for
 assert mesh_for(8).size == 4 and mesh_for(6).size == 2 and mesh_for(5).size == 1
 assert local_rows(6) == slice(0, 6)
-placed = DataParallel(6).spread({"image": np.ones((6, 3), np.float32)})["image"]
+placed = Devices(6).spread({"image": np.ones((6, 3), np.float32)})["image"]
 assert [part.data.shape for part in placed.addressable_shards] == [(3, 3)] * 2
 """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
