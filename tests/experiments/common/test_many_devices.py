@@ -35,6 +35,7 @@ def found_of(tasks, model_devices=1, count=8):
 
 def assert_as_on_one_device(found):
     assert found["params"] < 1e-5
+    assert found["left_out"] < 0.05
     assert found["metrics"]["loss"] < 1e-5
     assert found["metrics"]["gradient_norm"] < 1e-5
 
