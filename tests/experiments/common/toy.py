@@ -94,8 +94,8 @@ TASK = Task(
     presets={
         "fast": Settings(),
         "slow": Settings(pauses=True),
-        "long": Settings(steps=800, checkpoint_every=4, pauses=True),
-        "undisturbed": Settings(steps=800, checkpoint_every=400, pauses=True),
+        "long": Settings(steps=1200, checkpoint_every=4, pauses=True),
+        "undisturbed": Settings(steps=1200, checkpoint_every=600, pauses=True),
         "explosive": Settings(learning_rate=1e30),
         "poisoned": Settings(poisoned=7),
         "large": Settings(sizes=(3, 40_000)),
