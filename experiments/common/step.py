@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from experiments.common.parallel import mean_over_shards, mesh_for, over_shards
+from experiments.common.parallel import BATCH, mean_over_shards, mesh_for, over_shards
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -127,7 +127,7 @@ def training_step(
 def _of_whole(gradient: Gradient, batch_size: int) -> Gradient:
     """The gradient for whole batches, of which each device takes its part."""
     mesh = mesh_for(batch_size)
-    if mesh.size == 1:
+    if mesh.shape[BATCH] == 1:
         return gradient
 
     def part(params: PyTree, batch: PyTree, keys: Array, step: Array, memory: PyTree) -> Any:

@@ -160,7 +160,7 @@ def test_a_checkpoint_of_four_is_continued_by_one_and_by_two(tmp_path, undisturb
     subprocess.run(["cp", "-r", str(path), str(copy)], check=True)
     train_alone(path, "--resume")
     assert_equal_runs(path, undisturbed, "slow", rtol=1e-5)
-    texts = train_together(2, copy, "--resume")
+    texts = train_together(2, copy, "--resume", "--model-devices", "2")  # which share one copy
     assert "continuing at step" in texts[0]
     assert_equal_runs(copy, undisturbed, "slow", rtol=1e-5)
 
