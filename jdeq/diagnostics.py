@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _advice, _options, _spectrum, _tree
+from jdeq._reduced import Range, Reduced, ratio, relative
 from jdeq.equilibrium import Controls
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState, KKTResidual
 from jdeq.joint.polished import Polished
-from jdeq.joint.problem import InputProblem, PureProblem, Theta, purify
+from jdeq.joint.problem import InputProblem, PureProblem, purify
 from jdeq.joint.run import Given, JointRun, LoopOptions, Units
 from jdeq.joint.solve import check_arguments, joint_solve
-from jdeq.krylov import gmres
 from jdeq.solution import Solution
 
 PyTree = Any
-
-_GMRES_DIMENSION = 40
-_GMRES_RESTARTS = 5
 
 _RELAXATIONS = tuple(k / 10 for k in range(1, 20))
 
@@ -82,7 +77,7 @@ class Diagnosis:
     @property
     def hessian_condition(self) -> Array:
         """Largest over smallest eigenvalue of the Hessian of ``h``, infinite without a minimum."""
-        return _ratio(self.hessian_largest, self.hessian_smallest)
+        return ratio(self.hessian_largest, self.hessian_smallest)
 
     @property
     def largest_stable_step(self) -> Array:
@@ -215,12 +210,12 @@ def _diagnose(
     radii = _spectrum.relaxed_radii(
         push, _tree.normal_like(keys[4], at.z), _RELAXATIONS, dimension=dimension
     )
-    reduced = _Reduced.at(pure, given, at, linear_rtol)
+    reduced = Reduced.at(pure, given, at, linear_rtol)
     kernel = reduced.kernel_range(keys[1], dimension)
     hessian = reduced.hessian_range(keys[2], dimension)
     # A slope that is not finite leaves nothing to solve for: zeros would pass for measurements.
     known = jnp.isfinite(reduced.adjoint_residual)
-    hessian = _Range(*(jnp.where(known, value, jnp.nan) for value in hessian))
+    hessian = Range(*(jnp.where(known, value, jnp.nan) for value in hessian))
 
     size, scale = 1 + _tree.norm(at.x), jnp.abs(evaluation.objective)
     scale = jnp.where(scale > 0, scale, 1)
@@ -232,15 +227,15 @@ def _diagnose(
     return Diagnosis(
         solution=solution,
         relative=KKTResidual(
-            _relative(_tree.subtract(evaluation.state, at.z), evaluation.state),
-            _relative(_tree.subtract(evaluation.adjoint, at.mu), evaluation.adjoint),
+            relative(_tree.subtract(evaluation.state, at.z), evaluation.state),
+            relative(_tree.subtract(evaluation.adjoint, at.mu), evaluation.adjoint),
             solution.residual.stationarity,
         ),
         state_radius=state_radius,
         state_relaxation=_best_relaxation(radii),
         augmented_radius=_augmented_radius(pure, given, at, (step, scale), keys[3], dimension),
         step_size=step,
-        kernel_condition=_ratio(kernel.largest, kernel.smallest),
+        kernel_condition=ratio(kernel.largest, kernel.smallest),
         pl_constant=jnp.maximum(kernel.smallest, 0),
         hessian_smallest=hessian.smallest,
         hessian_largest=hessian.largest,
@@ -270,154 +265,3 @@ def _augmented_radius(
     _, push = jax.linearize(lambda at: run.augmented_map(given.theta, inputs, at), at)
     start = _tree.normal_like(key, at)
     return _spectrum.spectral_radius(push, start, dimension=dimension)
-
-
-class _Range(NamedTuple):
-    """Extreme eigenvalues, ``[B]`` each."""
-
-    smallest: Array
-    largest: Array
-
-
-Product = Callable[[PyTree], PyTree]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reduced:
-    """The linearisation at a point, where the state follows x.
-
-    Attributes:
-        state: ``df/dz``.
-        state_transposed: its transpose.
-        input: ``df/dx``.
-        input_transposed: its transpose.
-        curvature: Hessian of ``l + mu . f`` in (z, x), mu solving the adjoint equation.
-        z: the state, for its shapes.
-        x: the input, for its shapes.
-        rtol: of the linear solves.
-        adjoint_residual: of the solve for mu, ``[B]``.
-    """
-
-    state: Product
-    state_transposed: Product
-    input: Product
-    input_transposed: Product
-    curvature: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-    z: PyTree
-    x: PyTree
-    rtol: float
-    adjoint_residual: Array
-
-    @classmethod
-    def at(cls, pure: PureProblem, given: Given, at: AugmentedState, rtol: float) -> _Reduced:
-        """Linearises the problem at a point, and solves for its adjoint."""
-        theta: Theta
-        theta, target, rest = given
-
-        def cell(z: PyTree, x: PyTree) -> PyTree:
-            return pure.cell(theta, (x, *rest), z)
-
-        def loss(z: PyTree, x: PyTree) -> Array:
-            return jnp.sum(pure.objective(theta, z, x, target, rest))
-
-        z, x = at.z, at.x
-        _, by_state = jax.linearize(lambda z: cell(z, x), z)
-        _, by_input = jax.linearize(lambda x: cell(z, x), x)
-        _, pull_state = jax.vjp(lambda z: cell(z, x), z)
-        _, pull_input = jax.vjp(lambda x: cell(z, x), x)
-        slope = jax.grad(loss)(z, x)
-        mu, residual = _solve(lambda v: pull_state(v)[0], slope, rtol)
-
-        def lagrangian(z: PyTree, x: PyTree) -> Array:
-            return loss(z, x) + jnp.sum(_tree.dot(mu, cell(z, x)))
-
-        _, curvature = jax.linearize(jax.grad(lagrangian, (0, 1)), z, x)
-        return cls(
-            state=by_state,
-            state_transposed=lambda v: pull_state(v)[0],
-            input=by_input,
-            input_transposed=lambda v: pull_input(v)[0],
-            curvature=curvature,
-            z=z,
-            x=x,
-            rtol=rtol,
-            adjoint_residual=residual,
-        )
-
-    def follow(self, v: PyTree) -> PyTree:
-        """``J v``."""
-        return _solve(self.state, self.input(v), self.rtol)[0]
-
-    def pull(self, v: PyTree) -> PyTree:
-        """``J^T v``."""
-        return self.input_transposed(_solve(self.state_transposed, v, self.rtol)[0])
-
-    def hessian_range(self, key: Array, dimension: int) -> _Range:
-        """Of the Hessian of the reduced objective, ``(J, I)^T curvature (J, I)``."""
-
-        def product(v: PyTree) -> PyTree:
-            by_z, by_x = self.curvature(self.follow(v), v)
-            return _tree.add(self.pull(by_z), by_x)
-
-        return _range(product, self.x, key, dimension)
-
-    def kernel_range(self, key: Array, dimension: int) -> _Range:
-        """Of ``J^T J`` or ``J J^T``, whichever is smaller."""
-        if _size(self.x) <= _size(self.z):
-            return _range(lambda v: self.pull(self.follow(v)), self.x, key, dimension)
-        return _range(lambda u: self.follow(self.pull(u)), self.z, key, dimension)
-
-
-def _range(product: Product, like: PyTree, key: Array, dimension: int) -> _Range:
-    start = _tree.normal_like(key, like)
-    dimension = min(dimension, _size(like))
-    return _Range(*_spectrum.extreme_eigenvalues(product, start, dimension=dimension))
-
-
-def _solve(linear: Product, b: PyTree, rtol: float) -> tuple[PyTree, Array]:
-    """``u = linear(u) + b`` by restarted GMRES, and its residual over ``||b||``, ``[B]``."""
-    size = _tree.norm(b)
-    eps = jnp.finfo(size.dtype).eps
-    tolerance = jnp.maximum(rtol, 10 * eps)
-
-    def residual(u: PyTree) -> PyTree:
-        return _tree.add(_tree.subtract(linear(u), u), b)
-
-    def restart(carry: tuple[Array, PyTree, PyTree]) -> tuple[Array, PyTree, PyTree]:
-        k, u, r = carry
-        # A problem that is done has no residual left to reduce, and keeps its solution.
-        open_ = _tree.norm(r) > tolerance * size
-        r = _tree.select(open_, r, _tree.zeros_like(r))
-        left = _tree.norm(r)
-        fraction: Any = tolerance * size / jnp.where(left > 0, left, 1)
-        step, _ = gmres(
-            lambda v: _tree.subtract(v, linear(v)), r, dimension=_GMRES_DIMENSION, rtol=fraction / 2
-        )
-        u = _tree.add(u, step)
-        return k + 1, u, residual(u)
-
-    def running(carry: tuple[Array, PyTree, PyTree]) -> Array:
-        k, _, r = carry
-        return (k < _GMRES_RESTARTS) & jnp.any(_tree.norm(r) > tolerance * size)
-
-    start = (jnp.zeros((), jnp.int32), _tree.zeros_like(b), b)
-    _, u, r = lax.while_loop(running, restart, start)
-    return u, _relative(r, b)
-
-
-def _size(tree: PyTree) -> int:
-    """Numbers a problem."""
-    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(tree))
-
-
-def _relative(difference: PyTree, reference: PyTree) -> Array:
-    size = _tree.norm(reference)
-    return _tree.norm(difference) / jnp.where(size > 0, size, 1)
-
-
-def _ratio(largest: Array, smallest: Array) -> Array:
-    """``largest / smallest``, infinite where the smaller is not positive beyond rounding."""
-    eps = jnp.finfo(largest.dtype).eps
-    positive = smallest > 10 * eps * jnp.abs(largest)
-    ratio = jnp.where(positive, largest / jnp.where(positive, smallest, 1), jnp.inf)
-    return jnp.where(jnp.isnan(smallest), jnp.nan, ratio)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _tree
-from jdeq.iterate import Fold, Report, Step, iterate
+from jdeq._standing import Report
+from jdeq.iterate import Fold, Step, iterate
 from jdeq.solution import Solution
 from jdeq.solvers.base import MapSolver, Solver
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _closures, _options, _tree
+from jdeq._standing import DIVERGENCE_FACTOR
 from jdeq.adjoints.base import donate, mask_problems
 from jdeq.corrections import correction_iterates, correction_loss
-from jdeq.iterate import DIVERGENCE_FACTOR
 
 __all__ = [
     "correction_iterates",

@@ -76,6 +76,8 @@ SOLVERS = {
     "NewtonKrylov": NewtonKrylov(),
     "Reversible": Reversible(0.8),
     "FromJaxopt": FromJaxopt(jaxopt.AndersonAcceleration),
+    "FromJaxopt, Picard": FromJaxopt(jaxopt.FixedPointIteration),
+    "FromJaxopt, Broyden": FromJaxopt(jaxopt.Broyden),
 }
 
 ADJOINTS = {

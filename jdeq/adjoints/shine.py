@@ -45,9 +45,10 @@ class Shine:
     Attributes:
         fallback: a problem whose ``||u||`` exceeds this times ``||v||``, or is not finite, takes
             the Jacobian-free ``u = v`` instead, at least 0; None trusts every finite estimate. The
-            default, 1.3, trusts estimates that hardly stretch ``v``, as those of strongly
-            contractive cells; where the map contracts slowly the exact ``u`` itself is longer, and
-            None, a larger ratio or ``refine`` are needed.
+            default, 1.3, is what the authors' published code compares these norms by. It trusts
+            estimates that hardly stretch ``v``, as those of strongly contractive cells; where the
+            map contracts slowly the exact ``u`` itself is longer, and None, a larger ratio or
+            ``refine`` are needed.
         refine: steps of the forward solver on ``u = (df/dz)^T u + v``, starting from the estimate,
             at least 0. They end at the forward tolerance and take one more vector-Jacobian product
             than there are steps; the ``u`` of least residual is used. ``backward_probe`` reports

@@ -13,9 +13,10 @@ import optax
 from jax import Array
 
 from jdeq import _options, _tree
+from jdeq._standing import Report
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.equilibrium import Controls, Equilibrium, RunOptions
-from jdeq.iterate import Report, Step, iterate
+from jdeq.iterate import Step, iterate
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.descent import check_optimizer

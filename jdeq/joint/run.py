@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _options, _tree
+from jdeq._standing import Report
 from jdeq.equilibrium import Controls
-from jdeq.iterate import Report, Step, iterate, step_limit
+from jdeq.iterate import Step, iterate, step_limit
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.method import Context, JointMethod, LooksAhead

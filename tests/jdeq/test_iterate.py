@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdeq.iterate import (
+from jdeq._standing import (
     DIVERGENCE_FACTOR,
     GUARD_BURN_IN,
     GUARD_SLACK,
     STAGNATION_STEPS,
-    Fold,
     Report,
-    iterate,
 )
+from jdeq.iterate import Fold, iterate
 from jdeq.solution import Result
 
 
