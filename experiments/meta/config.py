@@ -150,8 +150,8 @@ PRESETS: dict[str, Config] = {
     # 0.65 from ten examples, where MAML has 0.93.
     "sinusoid": _SINUSOID,
     # python -m experiments.meta --preset omniglot-small
-    # Ten to twenty minutes on a CPU core: 97.0 % 5-way 1-shot, 88.1 % 20-way 1-shot, still rising
-    # when it ends. Of the baselines the prototypical network alone has been trained.
+    # The learner takes 23 minutes of processor time (of 8,000 steps): 97.6 % 5-way 1-shot, 90.6 %
+    # 20-way 1-shot. Its baselines have not been trained with these settings.
     "omniglot-small": Config(
         dataset="omniglot",
         network="compact",
