@@ -49,13 +49,13 @@ class Size:
         """Multiplications and additions an image.
 
         An iteration evaluates the cell (W z and U x) and the decoder, and takes the product of each
-        with a vector from the left. Anderson's method of type I adds five products of a window with
-        a vector, one combination of its vectors, and the solution of a system of its size.
+        with a vector from the left. Anderson's method of type I adds three products of a window
+        with a vector, one combination of its vectors, and the solution of a system of its size.
         """
         decoder = PRESETS["mnist"].decoder_hidden
         cell = self.state * (self.state + self.latent)
         output = decoder * (self.state + np.prod(_SHAPE))
-        windows = 6 * self.window * (2 * self.state + self.latent) + self.window**3 / 3
+        windows = 4 * self.window * (2 * self.state + self.latent) + self.window**3 / 3
         return float(self.iterations * 2 * (2 * (cell + output) + windows))
 
 

@@ -26,6 +26,8 @@ class AndersonMemory(NamedTuple):
         dy: differences of targets, every leaf ``[B, window, n]``.
         gram: the products that the least-squares problem needs, ``[B, window, window]``: type II
             ``dg_i . dg_j``, type I ``dz_i . dg_j``.
+        rhs: its right-hand side, ``[B, window]``: type II ``dg_i . last_g``, type I
+            ``dz_i . last_g``.
         kept: which slots hold a difference that counts, bool ``[B, window]``.
         lowest: lowest residual norm of this solve since its last restart, ``[B]``.
     """
@@ -35,6 +37,7 @@ class AndersonMemory(NamedTuple):
     dg: PyTree
     dy: PyTree
     gram: Array
+    rhs: Array
     kept: Array
     lowest: Array
 
@@ -98,6 +101,7 @@ class Anderson:
             dg=windows,
             dy=windows,
             gram=jnp.zeros((count, self.window, self.window), dtype),
+            rhs=jnp.zeros((count, self.window), dtype),
             kept=jnp.zeros((count, self.window), bool),
             lowest=jnp.full((count,), jnp.inf, dtype),
         )
@@ -108,19 +112,22 @@ class Anderson:
         """One accelerated step; the first one is the damped Picard step."""
         g = _tree.subtract(fz, z)
         y = _tree.relax(z, fz, self.mixing)
-        # In step 0 there is no difference yet: a zero column leaves gamma at zero.
-        has_last = (k > 0).astype(memory.gram.dtype)
-        new_dg = jax.tree.map(lambda a, b: (a - b) * has_last.astype(a.dtype), g, memory.last_g)
-        new_dy = jax.tree.map(lambda a, b: (a - b) * has_last.astype(a.dtype), y, memory.last_y)
+        dg, dy = _tree.subtract(g, memory.last_g), _tree.subtract(y, memory.last_y)
+        # In step 0 there is no difference yet: what is written then is zero and leaves gamma so.
+        new = k > 0
         slot = jnp.mod(k - 1, self.window)
-        dg = _windows.write(memory.dg, new_dg, slot)
-        dy = _windows.write(memory.dy, new_dy, slot)
+        windows_dg, windows_dy = (
+            _windows.write(window, _tree.select(new, vector, _tree.zeros_like(vector)), slot)
+            for window, vector in ((memory.dg, dg), (memory.dy, dy))
+        )
         kept, lowest = self._keep(memory, g, k, slot)
 
-        gram, rhs = self._products(memory.gram, dg, dy, new_dg, new_dy, g, slot)
+        gram, rhs = self._products(
+            memory, (windows_dg, windows_dy), (dg, dy), g, slot=slot, new=new
+        )
         gamma = self._solve(gram, rhs, kept)
-        z_next = _tree.subtract(y, _windows.combine(dy, gamma, y))
-        return z_next, AndersonMemory(g, y, dg, dy, gram, kept, lowest)
+        z_next = _tree.subtract(y, _windows.combine(windows_dy, gamma, y))
+        return z_next, AndersonMemory(g, y, windows_dg, windows_dy, gram, rhs, kept, lowest)
 
     def _keep(
         self, memory: AndersonMemory, g: PyTree, k: Array, slot: Array
@@ -155,29 +162,30 @@ class Anderson:
 
     def _products(
         self,
-        gram: Array,
-        dg: PyTree,
-        dy: PyTree,
-        new_dg: PyTree,
-        new_dy: PyTree,
+        memory: AndersonMemory,
+        windows: tuple[PyTree, PyTree],
+        differences: tuple[PyTree, PyTree],
         g: PyTree,
+        *,
         slot: Array,
+        new: Array,
     ) -> tuple[Array, Array]:
-        """The products with the newest difference replaced, and the right-hand side."""
+        """The products with the newest difference replaced, and the right-hand side for ``g``."""
+        dg, dy = differences
         if self.kind == "II":
-            row, rhs = _windows.products(dg, [new_dg, g])
-            gram = lax.dynamic_update_index_in_dim(gram, row, slot, 1)
-            return lax.dynamic_update_index_in_dim(gram, row, slot, 2), rhs
-        # dz = dy - mixing dg, so its products need no third window.
-        new_dz = jax.tree.map(
-            lambda a, b: a - jnp.asarray(self.mixing, a.dtype) * b, new_dy, new_dg
-        )
-        dg_dot_dz, dg_dot_dg, dg_dot_g = _windows.products(dg, [new_dz, new_dg, g])
-        dy_dot_dg, dy_dot_g = _windows.products(dy, [new_dg, g])
-        column = dy_dot_dg - self.mixing * dg_dot_dg
-        gram = lax.dynamic_update_index_in_dim(gram, dg_dot_dz, slot, 1)
-        gram = lax.dynamic_update_index_in_dim(gram, column, slot, 2)
-        return gram, dy_dot_g - self.mixing * dg_dot_g
+            (row,) = _windows.products(windows[0], [dg])
+            column, newest = row, _tree.dot(dg, g)
+        else:
+            # dz = dy - mixing dg, so its products need no third window.
+            dz = jax.tree.map(lambda a, b: a - jnp.asarray(self.mixing, a.dtype) * b, dy, dg)
+            row, along = _windows.products(windows[0], [dz, dg])
+            (column,) = _windows.products(windows[1], [dg])
+            column, newest = column - self.mixing * along, _tree.dot(dz, g)
+        gram = lax.dynamic_update_index_in_dim(memory.gram, jnp.where(new, row, 0), slot, 1)
+        gram = lax.dynamic_update_index_in_dim(gram, jnp.where(new, column, 0), slot, 2)
+        here = jnp.arange(self.window) == slot
+        rhs = jnp.where(here, jnp.where(new, newest, 0)[:, None], memory.rhs + column)
+        return gram, rhs
 
     def _solve(self, gram: Array, rhs: Array, kept: Array) -> Array:
         """``gamma [B, window]``; zero, a plain step, where the system has no finite solution."""

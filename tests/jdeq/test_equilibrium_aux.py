@@ -130,7 +130,7 @@ class TestMemory:
         by_memory = jax.grad(lambda m: norm(p.x, m)[1], allow_int=True)(memory)
         slopes = [v for v in jax.tree.leaves(by_memory) if v.dtype != jax.dtypes.float0]
         assert all(np.all(v == 0) for v in slopes)
-        assert len(slopes) == 6
+        assert len(slopes) == 7
 
     def test_of_another_solver_is_refused(self):
         p = problems.tanh()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,6 +56,33 @@ def test_takes_the_steps_of_the_textbook(kind, window, mixing, regularization):
 
         path = reference_path(f, np.zeros(problems.N), steps, window, kind, mixing, regularization)
         np.testing.assert_allclose(solution.history.record[:, i], path, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_a_memory_of_another_map_serves_the_next_solve(kind):
+    """The right-hand side is carried from step to step, over the start of a solve too, where the
+    residual jumps and one slot is given up."""
+    p = problems.tanh()
+    solver = Anderson(3, kind, mixing=0.5, regularization=0.0)
+    step = jax.jit(solver.step)
+
+    def run(z, memory, x, steps):
+        for k in range(steps):
+            before = z
+            fz = p.cell(p.params, z, x)
+            z, memory = step(z, fz, memory, jnp.asarray(k))
+        return z, memory, before, fz
+
+    z, memory, _, _ = run(p.z0, solver.init(p.z0), p.x, 6)
+    z_next, memory, z, fz = run(z, memory, 2 - p.x, 1)
+    for i in range(problems.B):
+        dG, dY, g = memory.dg[i][:2], memory.dy[i][:2], (fz - z)[i]
+        left = dG if kind == "II" else dY - 0.5 * dG
+        np.testing.assert_allclose(memory.rhs[i][:2], left @ g, rtol=1e-9)
+        assert memory.rhs[i][2] == 0
+        gamma = np.linalg.solve(left @ dG.T, left @ g)
+        want = z[i] + 0.5 * g - gamma @ dY
+        np.testing.assert_allclose(z_next[i], want, rtol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["I", "II"])
