@@ -89,9 +89,9 @@ class Config:
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     speed_problems: int = 256
     speed_joint_steps: tuple[int, ...] = (24, 48)
-    speed_joint_rates: tuple[float, ...] = (4.0, 8.0, 16.0)
+    speed_joint_rates: tuple[float, ...] = (8.0, 16.0, 32.0)
     speed_nested_steps: tuple[int, ...] = (10, 20)
-    speed_nested_rates: tuple[float, ...] = (4.0, 8.0, 16.0)
+    speed_nested_rates: tuple[float, ...] = (8.0, 16.0, 32.0)
     log_every: int = 20
     checkpoint_every: int = 200
 
