@@ -22,6 +22,9 @@ class OrderedBatches:
         self.size = size
         self._iterator = iter(dataset)
 
+    def __iter__(self) -> OrderedBatches:
+        return self
+
     def __next__(self) -> Any:
         return next(self._iterator)
 
