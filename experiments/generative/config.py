@@ -108,8 +108,8 @@ _DIGITS = Config(
     generator="dense",
     latent_dim=16,
     steps=2000,
-    vae_steps=1800,
-    nested_steps=240,
+    vae_steps=1500,
+    nested_steps=200,
     speed_joint_steps=(60, 80),
     speed_relaxations=(1.6,),
     speed_nested_steps=(40, 80),
@@ -169,7 +169,7 @@ PRESETS = {
     ),
     # python -m experiments.generative
     # Four minutes on 2 CPU cores, a third of them the joint training: 25.7 dB on the test images,
-    # where PCA has 19.4. The autoencoder and the nested training get a third of what they want, and
+    # where PCA has 19.4. The autoencoder and the nested training get a quarter of what they want, and
     # of lengths the speed measurement tries those that have been chosen before.
     "digits": _DIGITS,
     # python -m experiments.generative --preset digits-study
