@@ -169,8 +169,8 @@ PRESETS = {
     ),
     # python -m experiments.generative
     # Four minutes on 2 CPU cores, a third of them the joint training: 25.7 dB on the test images,
-    # where PCA has 19.4. The autoencoder and the nested training get a quarter of what they want, and
-    # of lengths the speed measurement tries those that have been chosen before.
+    # where PCA has 19.4. The autoencoder and the nested training get a quarter of what they want,
+    # and of lengths the speed measurement tries those that have been chosen before.
     "digits": _DIGITS,
     # python -m experiments.generative --preset digits-study
     # Five minutes on 2 CPU cores: the autoencoder reaches 23.0 dB, nested training 25.4.
