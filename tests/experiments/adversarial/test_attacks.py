@@ -103,6 +103,7 @@ def test_the_worst_perturbation_of_a_linear_classifier(norm):
     label, zero = jnp.zeros(1, jnp.int32), jnp.zeros_like(image)
     for method in (Joint(norm, 30), PGD(norm, 30)):
         u = method.search(victim, label, ball, zero)
+        # In units of the radius; float32, after 30 projected steps.
         np.testing.assert_allclose(np.ravel(u), best, atol=1e-5)
 
 

@@ -87,4 +87,5 @@ def test_a_step_keeps_the_cell_a_contraction_and_counts(victim, images, labels):
     assert np.isfinite(float(metrics["loss"]))
     contracted = victim.network.contract(new.params)
     for one, other in zip(jax.tree.leaves(contracted), jax.tree.leaves(new.params), strict=True):
+        # Contracted once more, a kernel is rescaled by rounding alone, in float32.
         np.testing.assert_allclose(one, other, rtol=1e-5)

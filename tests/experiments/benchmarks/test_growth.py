@@ -105,6 +105,7 @@ def test_residuals_of_a_float32_solve_are_measured_as_it_reports_them():
         generator.problem, params, images, x0, z0, method=jdeq.joint.Descent(), max_steps=8
     )
     measured = mixed_precision.exact_residual(generator, params, images, solution.value)
+    # Residuals are small differences in float32, and two programs round them differently.
     for name, expected in solution.residual._asdict().items():
         np.testing.assert_allclose(getattr(measured, name), expected, rtol=1e-3, err_msg=name)
 

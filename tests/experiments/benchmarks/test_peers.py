@@ -25,7 +25,8 @@ def test_uneven_problems_need_from_5_to_200_steps():
     steps = np.sort(np.asarray(solution.steps))
     assert 3 <= steps[0] <= 7
     assert 180 <= steps[-1] <= 215
-    # Evenly spread: the quartiles lie where those of a uniform distribution do.
+    # Evenly spread: the quartiles lie where those of a uniform distribution do, but for the
+    # deviations from its law that `uneven` speaks of.
     quartiles = np.quantile(steps, (0.25, 0.5, 0.75))
     np.testing.assert_allclose(
         quartiles, steps[0] + np.ptp(steps) * np.array([1, 2, 3]) / 4, rtol=0.1

@@ -40,6 +40,7 @@ def test_mnist_takes_the_sizes_from_the_files(tmp_path):
     writers.write_mnist(tmp_path, train, test)
     data = load_images("mnist", tmp_path)
     assert data.shape == (28, 28, 1)
+    # Pixels are float32, the right-hand sides float64.
     np.testing.assert_allclose(read_all(data.train)[..., 0], train / 255, rtol=1e-6)
     np.testing.assert_allclose(read_all(data.test)[..., 0], test / 255, rtol=1e-6)
     np.testing.assert_array_equal(data.train.labels, np.arange(7))
