@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from experiments.common.data.tasks import Tasks, TaskSampler
 
@@ -81,20 +82,13 @@ def warp(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
     Returns:
         Like `images`; what comes from beyond the edge is paper.
     """
-    count, height, width, _ = images.shape
-    centre = np.array([height - 1, width - 1]) / 2
-    rows, columns = np.mgrid[:height, :width]
-    here = np.stack([rows.ravel() - centre[0], columns.ravel() - centre[1], np.ones(rows.size)])
-    there = (maps[:, :2] @ here + centre[:, None]).transpose(0, 2, 1)  # [n, H W, 2]
-    # A margin of paper, in which everything from beyond the edge ends.
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    there = np.clip(there + 1, 0, np.array([height, width]) + 0.999)
-    corner = there.astype(int)
-    share = (there - corner).astype(np.float32)[..., None]
-    image = np.arange(count)[:, None]
-    sampled = np.zeros((count, rows.size, images.shape[-1]), np.float32)
-    for down in (0, 1):
-        for right in (0, 1):
-            weight = np.abs(1 - down - share[..., 0, :]) * np.abs(1 - right - share[..., 1, :])
-            sampled += weight * padded[image, corner[..., 0] + down, corner[..., 1] + right]
-    return (sampled > _INK).astype(np.float32).reshape(images.shape)
+    centre = (np.array(images.shape[1:]) - 1) / 2
+    warped = np.empty_like(images)
+    for image, about_centre, result in zip(images, maps, warped, strict=True):
+        across = np.eye(3)  # channels stay where they are
+        across[:2, :2] = about_centre[:2, :2]
+        offset = centre - across @ centre
+        offset[:2] += about_centre[:2, 2]
+        sampled = ndimage.affine_transform(image, across, offset, order=1, mode="grid-constant")
+        result[...] = sampled > _INK
+    return warped
