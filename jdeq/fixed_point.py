@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _closures, _options, _tree
+from jdeq._shards import vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
@@ -273,6 +274,7 @@ def _solve(
     has_aux: bool,
 ) -> Solution:
     """One compiled program a function, set of options and shapes, also for eager calls."""
+    arguments, controls, probe = vary_alike((arguments, controls, probe))
     params, inputs, z0 = arguments
     z0 = jax.lax.stop_gradient(z0)
     controls = jax.lax.stop_gradient(controls)

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from jdeq import _history, _tree
 from jdeq._history import Record
+from jdeq._shards import vary_alike
 from jdeq._standing import STAGNATION_STEPS, Report, Standing, judge
 from jdeq.solution import History, Result, Solution
 
@@ -120,6 +121,7 @@ def iterate(
         The ``Solution`` whose value is the chosen iterate, and what else is left at the end.
     """
     limit = step_limit(max_steps, budget)
+    context, start, memory = vary_alike((context, start, memory))
     report_shape = jax.eval_shape(
         lambda c, s, m: prepare(c)(s, m, jnp.zeros((), jnp.int32))[2], context, start, memory
     )
@@ -215,7 +217,7 @@ def _start(
 ) -> _Carry:
     count = _tree.problem_count(start)
     zeros = jnp.zeros((count,), jnp.int32)
-    return _Carry(
+    first = _Carry(
         k=jnp.zeros((), jnp.int32),
         iterate=start,
         memory=memory,
@@ -229,6 +231,7 @@ def _start(
         column=jnp.arange(count) if compaction and record is not False else None,
         history=_history.empty(start, report, max_steps, record),
     )
+    return vary_alike(first)
 
 
 def _advance(

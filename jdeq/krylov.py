@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _tree, _windows
+from jdeq._shards import vary_alike
 
 PyTree = Any
 
@@ -75,7 +76,7 @@ def gmres(
     def extend(state: _Arnoldi) -> _Arnoldi:
         return _extend(matvec, state, active(state), b)
 
-    state = lax.while_loop(running, extend, start)
+    state = lax.while_loop(running, extend, vary_alike(start))
     weights = _back_substitute(state.triangle, state.rhs[:, :dimension], state.j)
     last = jnp.zeros((shape[0], 1), weights.dtype)
     return _windows.combine(state.basis, jnp.concatenate([weights, last], axis=1), b), state.spent
@@ -216,7 +217,7 @@ def bicgstab(
         kept = [_tree.select(state.going, *pair) for pair in zip(new, state, strict=True)]
         return _BiCGStab(*kept)._replace(done=state.done + 1)
 
-    state = lax.while_loop(running, body, start)
+    state = lax.while_loop(running, body, vary_alike(start))
     return state.best, state.spent
 
 

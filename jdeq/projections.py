@@ -14,6 +14,7 @@ from jax import Array, lax
 from optax import projections
 
 from jdeq import _tree
+from jdeq._shards import vary_alike
 
 PyTree = Any
 
@@ -158,7 +159,7 @@ def _search_level(x: PyTree, room: PyTree, square: Array, inside: Array) -> Arra
         return step + 1, jnp.where(active, newton, level), active
 
     start = (jnp.zeros((), jnp.int32), jnp.zeros_like(square), ~inside)
-    return lax.while_loop(rising, rise, start)[1]
+    return lax.while_loop(rising, rise, vary_alike(start))[1]
 
 
 def _shares(x: PyTree, room: PyTree, level: Array) -> tuple[Array, Array]:

@@ -49,19 +49,23 @@ class ImplicitForward(BackwardOptions):
             )
 
         @jax.custom_jvp
-        def solve(theta, inputs, z0, controls):
-            return equilibrium.run(theta, inputs, z0, controls)
+        def value_of(theta, inputs, solution, controls):
+            return solution.value
 
-        @solve.defjvp
+        @value_of.defjvp
         def derivative(primals, tangents):
-            theta, inputs, _, controls = primals
-            # Calling the wrapped solve, not the loop, lets JAX differentiate this rule again.
-            solution = solve(*primals)
-            dz = self._push_forward(equilibrium, theta, inputs, solution, controls, tangents[:2])
-            zeros = jax.tree.map(base.zero_tangent, solution)
-            return solution, dataclasses.replace(zeros, value=dz)
+            theta, inputs, solution, controls = primals
+            # Calling the wrapped function lets JAX differentiate this rule again.
+            z = value_of(*primals)
+            solution = dataclasses.replace(solution, value=z)
+            return z, self._push_forward(
+                equilibrium, theta, inputs, solution, controls, tangents[:2]
+            )
 
-        return solve(theta, inputs, z0, controls)
+        constants = lax.stop_gradient((theta, inputs, z0, controls))
+        solution = equilibrium.run(*constants)
+        value = value_of(theta, inputs, solution, controls)
+        return dataclasses.replace(solution, value=value)
 
     def _push_forward(
         self,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _options, _tree, solvers
+from jdeq._shards import vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints._recorder import Record, Recorder
 from jdeq.equilibrium import Controls, Equilibrium
@@ -207,7 +208,7 @@ class Reversible:
             inputs_bar=_tree.zeros_like(input_floats),
             steps=jnp.zeros((count,), jnp.int32),
         )
-        walk = lax.while_loop(lambda walk: jnp.any(going(walk)), step, start)
+        walk = lax.while_loop(lambda walk: jnp.any(going(walk)), step, vary_alike(start))
         code = jnp.where(walk.lost, jnp.int32(Result.stagnated), jnp.int32(Result.converged))
         outcome = Solution(walk.low, code, walk.steps, left(walk))
         return (

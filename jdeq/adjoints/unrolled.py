@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _tree
+from jdeq._shards import vary_alike
 from jdeq.adjoints import base
 from jdeq.equilibrium import Controls, Equilibrium
 from jdeq.iterate import step_limit
@@ -86,5 +87,7 @@ def _replay(
 
     lowest = jnp.full_like(lax.stop_gradient(_tree.norm(z0)), jnp.inf)
     carry = (z0, equilibrium.options.solver.init(z0), z0, lowest)
-    (_, _, best, _), _ = lax.scan(step, carry, jnp.arange(equilibrium.options.max_steps))
+    (_, _, best, _), _ = lax.scan(
+        step, vary_alike(carry), jnp.arange(equilibrium.options.max_steps)
+    )
     return best

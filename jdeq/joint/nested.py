@@ -13,6 +13,7 @@ import optax
 from jax import Array
 
 from jdeq import _options, _tree
+from jdeq._shards import vary_alike
 from jdeq._standing import Report
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.equilibrium import Controls, Equilibrium, RunOptions
@@ -163,6 +164,7 @@ def _nested_solve(
     adjoint: StateImplicit,
     loop: LoopOptions,
 ) -> Solution:
+    arguments, controls = vary_alike((arguments, controls))
     params, target, rest, start = arguments
     pure, theta = purify("nested_solve", problem, params, target, start.x, start.z, rest)
     run = NestedRun(pure, method, loop)

@@ -10,6 +10,7 @@ import jax
 from jax import Array
 
 from jdeq import _options, _tree
+from jdeq._shards import vary_alike
 from jdeq.adjoints.base import JointAdjoint
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.equilibrium import Controls
@@ -169,6 +170,7 @@ def _joint_solve(
     loop: LoopOptions,
 ) -> Solution:
     """One compiled program a problem, set of options and shapes, also for eager calls."""
+    arguments, controls, probe = vary_alike((arguments, controls, probe))
     params, target, rest, start = arguments
     pure, theta = purify("joint_solve", problem, params, target, start.x, start.z, rest)
     run = JointRun(pure, method, loop)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _options, _tree
+from jdeq._shards import vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints.kkt_implicit import KKTImplicit
 from jdeq.equilibrium import Controls
@@ -121,6 +122,7 @@ def _input_value(
     adjoint: KKTImplicit,
     loop: LoopOptions,
 ) -> tuple[Array, Solution]:
+    arguments, controls = vary_alike((arguments, controls))
     params, target, rest, start = arguments
     pure, theta = purify("input_value", problem, params, target, start.x, start.z, rest)
     run = JointRun(pure, method, loop)

@@ -16,6 +16,8 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jdeq._shards import vary_alike
+
 Arrays = tuple[Array, ...]
 LinearFun = Callable[[Arrays, Arrays], Arrays]
 
@@ -43,24 +45,10 @@ def linear_map(
     Returns:
         What `fun` returns: a tuple of arrays.
     """
-    arrays = _vary_alike((*residuals, *operands))
+    # `shard_map` asks of a primitive that its operands vary alike.
+    arrays = vary_alike((*residuals, *operands))
     out = linear_map_p.bind(*arrays, fun=fun, transpose=transpose, n_residuals=len(residuals))
     return tuple(out)
-
-
-def _vary_alike(arrays: Arrays) -> Arrays:
-    """Makes all arrays vary over the same mesh axes, which `shard_map` asks of a primitive."""
-    axes = [_varying_axes(a) for a in arrays]
-    union = frozenset().union(*axes)
-    return tuple(_pvary(a, tuple(sorted(union - own))) for a, own in zip(arrays, axes, strict=True))
-
-
-def _varying_axes(array: Array) -> frozenset[str]:
-    return jax.typeof(array).manual_axis_type.varying
-
-
-def _pvary(array: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def _evaluate(
