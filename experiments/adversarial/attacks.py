@@ -13,7 +13,7 @@ along with the perturbation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,6 +23,7 @@ import optax
 from jax import Array
 
 import jdeq
+from experiments.adversarial.ascent import ascent, steepest
 from experiments.adversarial.checks import check_images
 from experiments.adversarial.problem import Ball, Network, Norm, cross_entropy
 from jdeq.joint import InnerSolve
@@ -31,8 +32,6 @@ PyTree = Any
 
 _BATCH = 250
 _TIGHT = InnerSolve(rtol=1e-3, warm_start=True)
-_LAST_RATE = 0.1
-_TINY = 1e-30  # beside the norm of a gradient, however small that is
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +94,17 @@ class Attack(Protocol):
 class Joint:
     """Perturbation, equilibrium and adjoint in one joint solve.
 
-    Steps are of a length that decays along a cosine: of the normalised gradient under the l2
-    norm, of its signs under the linf norm.
+    The length of its steps decays along a cosine, see `ascent`.
 
     Attributes:
         norm: of the ball.
         steps: iterations, each an evaluation of the cell and a vector-Jacobian product.
         rate: length of the first step, in radii.
+        momentum: in [0, 1).
+        hold: iterations at the beginning in which state and adjoint settle and the perturbation
+            stays.
+        relaxation: of state and adjoint, in (0, 2); above 1 it needs a cell whose eigenvalues are
+            not far below zero.
         restarts: starts an image gets, at most.
         random_start: whether the first start is random, too; else it is zero.
     """
@@ -109,13 +112,21 @@ class Joint:
     norm: Norm = "l2"
     steps: int = 20
     rate: float = 0.5
+    momentum: float = 0.0
+    hold: int = 0
+    relaxation: float = 1.0
     restarts: int = 1
     random_start: bool = False
 
     @property
     def method(self) -> jdeq.joint.Descent:
         """For `joint_solve` and `input_value`."""
-        return _descent(self.norm, self.rate, self.steps)
+        optimizer = ascent(
+            self.norm, self.rate, decay_steps=self.steps, momentum=self.momentum, hold=self.hold
+        )
+        return jdeq.joint.Descent(
+            optimizer, state_relaxation=self.relaxation, adjoint_relaxation=self.relaxation
+        )
 
     def search(self, victim: Victim, labels: Array, ball: Ball, u0: Array) -> Array:
         """See `Attack`."""
@@ -135,6 +146,7 @@ class PGD:
         norm: of the ball.
         steps: steps on the perturbation.
         rate: length of a step, in radii; None is `4 / steps`, published for 20 steps.
+        momentum: in [0, 1), see `ascent`.
         restarts: starts an image gets, at most.
         random_start: whether the first start is random, too; else it is zero.
         inner: how state and adjoint are solved for.
@@ -143,6 +155,7 @@ class PGD:
     norm: Norm = "l2"
     steps: int = 20
     rate: float | None = None
+    momentum: float = 0.0
     restarts: int = 1
     random_start: bool = False
     inner: InnerSolve = _TIGHT
@@ -150,7 +163,8 @@ class PGD:
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """For `nested_solve`."""
-        return _optimizer(self.norm, 4 / self.steps if self.rate is None else self.rate)
+        rate = 4 / self.steps if self.rate is None else self.rate
+        return ascent(self.norm, rate, momentum=self.momentum)
 
     def solve(self, network: Network, params: PyTree, labels: Array, ball: Ball, u0: Array) -> Any:
         """The nested solve; the input after the last step is measured, too."""
@@ -191,7 +205,7 @@ class FGSM:
             return jnp.sum(cross_entropy(victim.predict(images), labels))
 
         gradient = jax.grad(loss)(ball.perturbed(u0))
-        return ball.project(u0 + _unit(gradient, self.norm), self.norm)
+        return ball.project(u0 + _steepest(gradient, self.norm), self.norm)
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,7 @@ class Noise:
     def search(self, victim: Victim, labels: Array, ball: Ball, u0: Array) -> Array:
         """See `Attack`."""
         del victim, labels
-        return ball.project(u0 + _unit(u0, self.norm), self.norm)
+        return ball.project(u0 + _steepest(u0, self.norm), self.norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,28 +381,5 @@ def _apply(ball: Ball, u: Array, norm: Norm) -> tuple[Array, Array]:
     return jnp.clip(ball.image + perturbation, 0, 1), perturbation
 
 
-@lru_cache
-def _directions(norm: Norm) -> optax.GradientTransformation:
-    if norm == "linf":
-        return optax.scale_by_sign()
-    return optax.normalize_by_update_norm(eps=_TINY)
-
-
-def _unit(vectors: Array, norm: Norm) -> Array:
-    """Each problem's steepest direction of length one in the norm."""
-    unit, _ = jax.vmap(lambda v: _directions(norm).update(v, optax.EmptyState()))(vectors)
-    return unit
-
-
-@lru_cache
-def _optimizer(norm: Norm, rate: float) -> optax.GradientTransformation:
-    """One object for each pair: optax's transformations compare by identity."""
-    return optax.chain(_directions(norm), optax.scale_by_learning_rate(rate))
-
-
-@lru_cache
-def _descent(norm: Norm, rate: float, steps: int) -> jdeq.joint.Descent:
-    schedule = optax.cosine_decay_schedule(rate, steps, _LAST_RATE)
-    return jdeq.joint.Descent(
-        optax.chain(_directions(norm), optax.scale_by_learning_rate(schedule))
-    )
+def _steepest(gradients: Array, norm: Norm) -> Array:
+    return jax.vmap(partial(steepest, norm=norm))(gradients)

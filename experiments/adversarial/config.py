@@ -44,16 +44,21 @@ class Config:
         pgd_steps: Steps of the warm variant.
         attack_steps: Iterations of the joint attack in the evaluation.
         attack_rate: Its first step, in radii.
+        attack_momentum: Its momentum.
+        attack_hold: Iterations in which the perturbation waits for state and adjoint; those of the
+            speed measurement, too.
         evaluation_images: Test images that all attacks share, at most.
         evaluation_batch: Images attacked at once.
         long_steps: Steps of the strongest PGD.
         restarts: Its starts.
         radii: Radii of the curve of robust accuracy, in units of `radius`.
         speed_problems: Test images of the speed measurement, at most; others tune the methods.
-        speed_joint_steps: Lengths of the joint attack among which its tuning chooses.
-        speed_joint_rates: First steps among which it chooses, in radii.
-        speed_nested_steps: Steps among which the tuning of the nested attack chooses.
-        speed_nested_rates: Steps' lengths among which it chooses, in radii.
+        speed_joint_steps: Length of its joint attacks.
+        speed_joint_rates: First steps among which their tuning chooses, in radii.
+        speed_relaxations: Relaxations of state and adjoint among which it chooses.
+        speed_nested_steps: Length of its nested attacks.
+        speed_nested_rates: Steps' lengths among which their tuning chooses, in radii.
+        speed_momenta: Momenta among which both choose; PGD without is a candidate, too.
         log_every: Training steps between rows of metrics.
         checkpoint_every: Training steps between checkpoints.
     """
@@ -81,17 +86,21 @@ class Config:
     pgd: Literal["published", "warm"] = "warm"
     pgd_steps: int = 7
     attack_steps: int = 20
-    attack_rate: float = 8.0
+    attack_rate: float = 2.0
+    attack_momentum: float = 0.7
+    attack_hold: int = 2
     evaluation_images: int = 1000
     evaluation_batch: int = 250
     long_steps: int = 100
     restarts: int = 5
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     speed_problems: int = 256
-    speed_joint_steps: tuple[int, ...] = (24, 48)
-    speed_joint_rates: tuple[float, ...] = (8.0, 16.0, 32.0)
-    speed_nested_steps: tuple[int, ...] = (10, 20)
-    speed_nested_rates: tuple[float, ...] = (8.0, 16.0, 32.0)
+    speed_joint_steps: int = 48
+    speed_joint_rates: tuple[float, ...] = (2.0, 4.0)
+    speed_relaxations: tuple[float, ...] = (1.0, 1.25)
+    speed_nested_steps: int = 20
+    speed_nested_rates: tuple[float, ...] = (2.0, 8.0)
+    speed_momenta: tuple[float, ...] = (0.6, 0.8)
     log_every: int = 20
     checkpoint_every: int = 200
 
@@ -149,10 +158,12 @@ PRESETS = {
         restarts=2,
         radii=(0.5, 1.0),
         speed_problems=32,
-        speed_joint_steps=(12,),
-        speed_joint_rates=(0.5,),
-        speed_nested_steps=(10,),
-        speed_nested_rates=(0.5,),
+        speed_joint_steps=12,
+        speed_joint_rates=(2.0,),
+        speed_relaxations=(1.0,),
+        speed_nested_steps=10,
+        speed_nested_rates=(2.0,),
+        speed_momenta=(0.5,),
         log_every=10,
         checkpoint_every=20,
     ),

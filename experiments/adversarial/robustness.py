@@ -46,7 +46,13 @@ def attacks(config: Config) -> dict[str, Attack]:
 
 def joint_attack(config: Config) -> Joint:
     """The joint attack of the evaluation."""
-    return Joint(config.norm, config.attack_steps, config.attack_rate)
+    return Joint(
+        config.norm,
+        config.attack_steps,
+        config.attack_rate,
+        config.attack_momentum,
+        config.attack_hold,
+    )
 
 
 def matrix(
