@@ -16,6 +16,10 @@ os.environ.setdefault(
     + "--xla_backend_optimization_level=0",
 )
 
+# Command lines that tests run in this process would otherwise make a device of every core, if they
+# are the first to use jax.
+jax.config.update("jax_num_cpu_devices", 1)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():

@@ -13,6 +13,7 @@ from experiments.adversarial.config import Config
 from experiments.adversarial.problem import Ball
 from experiments.adversarial.train import initial_state, step_of
 from experiments.common.data import ImageData, batches
+from experiments.common.parallel import Devices
 from experiments.common.speed import (
     Candidate,
     Comparison,
@@ -109,10 +110,11 @@ def epoch_seconds(victim: Victim, data: ImageData, config: Config, seed: int) ->
         `joint`, and `pgd` with the published attack and solves, whatever the run was trained with.
     """
     variants = {"joint": config, "pgd": config.with_published_pgd()}
-    batch = jax.tree.map(jnp.asarray, next(batches(data.train, config.batch_size, seed)))
+    devices = Devices(config.batch_size)
+    batch = devices.spread(next(batches(data.train, config.batch_size, seed)))
     state = initial_state(config, victim.params, seed)
     # Past the ramp, at the full radius.
-    state = state._replace(step=jnp.asarray(config.steps, jnp.int32))
+    state = devices.place(state._replace(step=jnp.asarray(config.steps, jnp.int32)))
     steps = {
         model: jax.jit(step_of(settings, victim.network, model))
         for model, settings in variants.items()

@@ -12,6 +12,7 @@ import tyro
 from rich.table import Table
 
 from experiments.common import hosts
+from experiments.common.devices import use_all_cores
 from experiments.common.errors import DISK_ERRORS, UserError, reason
 from experiments.common.non_finite import skip_non_finite
 from experiments.common.parallel import make_mesh, use_mesh
@@ -168,10 +169,11 @@ def _fail(message: str) -> NoReturn:
 
 
 def _join(arguments: Arguments) -> None:
-    """Join the other processes, if there are any."""
+    """Join the other processes; if there are none, take all cores."""
     if not arguments.distributed and arguments.coordinator is None:
         if arguments.processes is not None or arguments.process_id is not None:
             raise UserError("--processes and --process-id go with --coordinator HOST:PORT.")
+        use_all_cores()
         return
     if arguments.command in _OF_TRAINED:
         raise UserError(

@@ -93,6 +93,11 @@ def load_omniglot(
     return OmniglotData(_read(train, size), _read(test, size))
 
 
+def holds_characters(root: Path) -> bool:
+    """Whether there is anything for `load_omniglot` to read."""
+    return bool(_pictures(root))
+
+
 def load_one_shot_runs(root: Path, size: tuple[int, int] = (28, 28)) -> list[Tasks]:
     """Lake's one-shot runs, `run01` to `run20`: 20-way 1-shot tasks within an alphabet.
 

@@ -70,6 +70,18 @@ def test_every_task_trains_on_eight_devices_as_on_one(task):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["generative", "inverse", "adversarial", "meta"])
+def test_a_command_trains_and_evaluates_on_two_devices(task, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{task}", "--preset", "smoke", "--run-dir", "run"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "model_devices"),
     [("generative", 2), ("generative", 8), ("generative-multiscale", 2)],
