@@ -25,7 +25,7 @@ def use_all_cores() -> None:
     if jax has been used already.
     """
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if given or jax.config.jax_num_cpu_devices != -1:
+    if given or jax.config.jax_num_cpu_devices != -1:  # type: ignore[attr-defined]
         return
     power = min(_cores(), _MOST_CPU_DEVICES).bit_length() - 1
     # jax refuses once it has been used, as it has where this runs inside other programs.

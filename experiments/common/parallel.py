@@ -163,7 +163,7 @@ class Devices:
 
     def __init__(self, batch_size: int):
         self._mesh = mesh_for(batch_size)
-        if 1 < batch_size and self._mesh.size < current_mesh().size:
+        if batch_size > 1 and self._mesh.size < current_mesh().size:
             say(
                 f"a batch of {batch_size} is spread over {self._mesh.size} of "
                 f"{current_mesh().size} devices: it does not divide by all."
