@@ -141,9 +141,7 @@ def by_newton(cell: Callable, z0: PyTree, params: PyTree, x: PyTree) -> PyTree:
     z = jax.lax.fori_loop(
         0, 2000, lambda _, z: z + residual(z, *fixed), jax.lax.stop_gradient(start)
     )
-    for _ in range(4):
-        z = newton(z, *fixed)
-    z = jax.lax.stop_gradient(z)
+    z = jax.lax.stop_gradient(jax.lax.fori_loop(0, 4, lambda _, z: newton(z, *fixed), z))
     for _ in range(2):
         z = newton(z, params, x)
     return restore(z)

@@ -77,6 +77,11 @@ class JaxContestant:
     def prepare(self, problem: Problem) -> None:
         """Nothing is to be set up."""
 
+    def has_gradient(self, problem: Problem) -> bool:
+        """Whether the library differentiates it: all of these do."""
+        del problem
+        return True
+
     def scale_for(self, problem: Problem) -> Scale | None:
         """Where the tolerance of the forward solve is looked for."""
         del problem

@@ -173,7 +173,7 @@ def gradient_column(problem: Problem, forward: list[Entry], options: Options) ->
     """Tune, check and time each library's fastest solver with all its backward solvers."""
     judge = Judge(problem)
     entries = []
-    for best in fastest(forward).values():
+    for best in fastest([e for e in forward if e.contestant.has_gradient(problem)]).values():
         for backward in best.contestant.backwards:
             entry = Entry(best.contestant, backward, forward_tolerance=best.tolerance or 0.0)
             if options.leaves_out(entry.label):

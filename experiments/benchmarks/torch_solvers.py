@@ -184,6 +184,11 @@ class TorchContestant:
             return Scale(high=4, low=problem.max_steps, halvings=9, whole=True)
         return self.backward_scale
 
+    def has_gradient(self, problem: Problem) -> bool:
+        """Whether torchdeq differentiates it: not a counted solve of a state of several leaves."""
+        counted = SOLVERS[self.name] == "simple_fixed_point_iter"
+        return not (counted and len(jax.tree.leaves(problem.z0)) > 1)
+
     @property
     def backward_scale(self) -> Scale:
         """Where the tolerance of the backward solve is looked for."""
