@@ -28,6 +28,7 @@ from experiments.benchmarks.problems import row_norms
 from experiments.benchmarks.timing import spread, surroundings
 from experiments.common.data import ImageData, batches, load_images
 from experiments.common.metrics import psnr
+from experiments.common.parallel import Devices
 from experiments.common.runs import open_run
 from experiments.generative.config import Config, StateDtype
 from experiments.generative.evaluate import load_generator
@@ -122,11 +123,13 @@ def main(options: Options) -> None:
 def train(config: Config, data: ImageData, seed: int) -> PyTree:
     """The parameters after a training as the task does it."""
     generator, params = build_generator(config, data.shape, seed, mean_image(data))
-    update = jax.jit(step_of(config, generator), donate_argnums=0)
-    state, order = initial_state(config, params, seed), batches(data.train, config.batch_size, seed)
+    devices = Devices(config.batch_size)
+    update = devices.compile(step_of(config, generator))
+    state = devices.place(initial_state(config, params, seed))
+    order = batches(data.train, config.batch_size, seed)
     for _ in range(config.steps):
-        state, _ = update(state, next(order))
-    return state.params
+        state, _ = update(state, devices.spread(next(order)))
+    return jax.device_get(state.params)
 
 
 def measure(

@@ -4,8 +4,9 @@
 
 One whole step: joint solve, Jacobian penalty, envelope gradient and AdamW, of an untrained network
 on random images. Batches grow by a factor until a step takes too long or no longer fits. Memory is
-XLA's own account of the compiled step: what it holds at once is its temporaries, its arguments
-(parameters, optimiser, batch) and those results that do not take the arguments' place.
+XLA's own account of the compiled step, of each device: what it holds at once is its temporaries,
+its arguments (parameters, optimiser, batch), and those results that do not take the place of
+arguments.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import tyro
 
 from experiments.benchmarks.timing import Seconds, seconds, spread, surroundings
+from experiments.common.parallel import Devices
 from experiments.common.plots import Curve, curves
 from experiments.generative.config import PRESETS, Config, StateDtype
 from experiments.generative.problem import build_generator
@@ -95,8 +97,9 @@ def measure(config: Config, limit: float, repeats: int) -> dict[str, Any] | None
     generator, params = build_generator(config, shape, seed=0)
     state = initial_state(config, params, seed=0)
     images = jax.random.uniform(jax.random.key(1), (config.batch_size, *shape))
-    batch = {"image": images, "index": jax.numpy.arange(config.batch_size)}
-    update = jax.jit(step_of(config, generator), donate_argnums=0)
+    devices = Devices(config.batch_size)
+    batch = devices.spread({"image": images, "index": jax.numpy.arange(config.batch_size)})
+    state, update = devices.place(state), devices.compile(step_of(config, generator))
     compiled: Any = None
     metrics: PyTree = None
 
