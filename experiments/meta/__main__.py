@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from experiments.common.cli import Arguments, Task, main
+from experiments.common.errors import UserError
 from experiments.meta.config import PRESETS, Config
 from experiments.meta.evaluate import evaluate
 from experiments.meta.train import train
@@ -28,11 +29,18 @@ class MetaArguments(Arguments):
 
 
 def adjusted(config: Config, arguments: MetaArguments) -> Config:
-    """The settings with the test tasks that the command line asks for."""
+    """The settings with the test tasks that the command line asks for.
+
+    Raises:
+        UserError: An option is below 1.
+    """
+    for name in ("ways", "shots", "tasks", "queries"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} leaves nothing to test; give at least 1.")
     if arguments.ways is not None or arguments.shots is not None:
         ways, shots = config.settings[0]
-        setting = (arguments.ways or ways, arguments.shots or shots)
-        config = replace(config, settings=(setting,))
+        config = replace(config, settings=((arguments.ways or ways, arguments.shots or shots),))
     if arguments.tasks is not None:
         config = replace(config, test_tasks=arguments.tasks)
     if arguments.queries is not None:

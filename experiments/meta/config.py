@@ -56,7 +56,8 @@ class Config:
         speed_tasks: Test tasks of the speed measurement, half of them to tune the methods.
         speed_steps: Lengths of the solves, joint and nested, among which it chooses.
         speed_rates: Adam's learning rates, or first steps, among which it chooses.
-        speed_momentum_rates: Likewise of gradient descent with momentum: square roots of its steps.
+        speed_momentum_rates: Likewise of gradient descent with momentum: square roots of its steps;
+            it is left out if there are none.
         log_every: Training steps between rows of metrics.
         checkpoint_every: Training steps between checkpoints.
     """
@@ -141,7 +142,7 @@ PRESETS: dict[str, Config] = {
         speed_tasks=16,
         speed_steps=(20,),
         speed_rates=(0.03,),
-        speed_momentum_rates=(1.0,),
+        speed_momentum_rates=(),
         log_every=10,
         checkpoint_every=20,
     ),
@@ -169,8 +170,8 @@ PRESETS: dict[str, Config] = {
         test_queries=5,
         speed_tasks=32,
         speed_steps=(12, 20),
-        speed_rates=(0.0025, 0.005, 0.01, 0.02),
-        speed_momentum_rates=(1.0, 1.25, 1.5, 1.75),
+        speed_rates=(0.005, 0.01, 0.02),
+        speed_momentum_rates=(1.25, 1.5, 1.75, 1.9),
     ),
     # python -m experiments.meta --preset omniglot-published
     # The published size, 2,345,093 parameters, and 2 million tasks. It wants a GPU, and has not

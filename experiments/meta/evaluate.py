@@ -11,7 +11,8 @@ import numpy as np
 from experiments.common.checkpoints import Restored, restore_newest
 from experiments.common.cli import Summary
 from experiments.common.data import data_root as located
-from experiments.common.data.omniglot import load_one_shot_runs
+from experiments.common.data.omniglot import holds_characters, load_one_shot_runs
+from experiments.common.data.tasks import Tasks
 from experiments.common.devices import device_name
 from experiments.common.errors import UserError
 from experiments.common.runs import RunDirectory
@@ -37,25 +38,32 @@ _GRADIENT_QUERIES = 3
 def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summary:
     """Test on tasks of unseen classes, check the outer gradient, and measure speed.
 
+    Lake's one-shot runs are tested on too, where the data holds them, and alone where it holds
+    nothing else.
+
     Returns:
         The results; figures are written to the run directory.
 
     Raises:
         UserError: There is no checkpoint yet, or the examples are not of the shape trained on.
     """
+    place = located(data_root)
+    runs = load_one_shot_runs(place) if config.dataset == "omniglot" else []
+    if runs and not holds_characters(place):
+        say(f"{place} holds one-shot runs and no characters: nothing else is tested.")
+        learner, restored = load_learner(config, run, runs[0].support.shape[2:])
+        return _one_shot_runs(learner, restored.state.params, runs) | _trained(restored)
     source = load_tasks(config, data_root)
     learner, restored = load_learner(config, run, source.shape)
     params = restored.state.params
-    if restored.step < config.steps:
-        say(f"the run is unfinished: evaluating step {restored.step} of {config.steps}.")
     methods: dict[str, tuple[Outputs, PyTree]] = {"": (learner_outputs(learner), params)}
     methods |= {f"{kind}_": found for kind, found in _baselines(config, run, source.shape).items()}
     if not learner.regression:
         methods["pixels_"] = (lambda _, *task: nearest_neighbour(*task), None)
 
     summary = _accuracies(config, run.record.seed, source, learner, methods)
-    if config.dataset == "omniglot":
-        summary |= _one_shot_runs(learner, params, located(data_root), source.shape)
+    if runs:
+        summary |= _one_shot_runs(learner, params, runs)
     ways, shots = config.settings[0]
     seed = run.record.seed
     say("checking the outer gradient")
@@ -74,10 +82,17 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
         **speed.summary(),
         "seconds_step_joint": seconds["joint"],
         "seconds_step_nested": seconds["nested"],
+        "test_tasks": config.test_tasks,
+        **_trained(restored),
+    }
+
+
+def _trained(restored: Restored) -> Summary:
+    """What was trained, how long, and where it is evaluated."""
+    return {
         "seconds_train": restored.notes["seconds"],
         "step": restored.step,
-        "test_tasks": config.test_tasks,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(restored.state.params)),
         "device": device_name(),
     }
 
@@ -98,6 +113,8 @@ def load_learner(
             f"{run.path} has no checkpoint yet; train first with `python -m experiments.meta train "
             f"--run-dir {run.path} --resume`."
         )
+    if restored.step < config.steps:
+        say(f"the run is unfinished: evaluating step {restored.step} of {config.steps}.")
     return learner, restored
 
 
@@ -140,11 +157,8 @@ def _accuracies(
     return summary
 
 
-def _one_shot_runs(learner: Learner, params: PyTree, root: Path, shape: tuple[int, ...]) -> Summary:
-    """Accuracy on Lake's one-shot runs, where the data holds them."""
-    runs = load_one_shot_runs(root, (shape[0], shape[1]))
-    if not runs:
-        return {}
+def _one_shot_runs(learner: Learner, params: PyTree, runs: list[Tasks]) -> Summary:
+    """Accuracy on Lake's one-shot runs."""
     outputs = jax.jit(learner_outputs(learner))
     right = []
     for tasks in runs:

@@ -191,7 +191,10 @@ class Learner:
                 max_steps=config.inner_steps, **shared,
             )  # fmt: skip
         optimizer, steps = nested_optimizer(config.nested_rate), config.nested_steps
-        found = jdeq.nested_solve(*given, x0, z0, optimizer=optimizer, max_steps=steps, **shared)
+        inner = jdeq.joint.InnerSolve(solver=self.solver)
+        found = jdeq.nested_solve(
+            *given, x0, z0, optimizer=optimizer, forward=inner, max_steps=steps, **shared
+        )
         # Implicit gradients do not ask how the point was found: a joint solve of one step from it
         # returns it as it is, with the gradient that is wanted.
         z, x, mu = jax.lax.stop_gradient(found.value)

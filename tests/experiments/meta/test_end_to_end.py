@@ -74,6 +74,29 @@ def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_
     assert "has 4 images, and tasks of 3 shots and 2 queries need 5" in fail(
         capsys, *evaluation, "--shots", 3
     )
+    for name in ("--ways", "--shots", "--tasks", "--queries"):
+        assert f"{name} 0 leaves nothing to test" in fail(capsys, *evaluation, name, 0)
+
+    write_folder(tmp_path / "lake", one_shot_runs())
+    run("evaluate", "--run-dir", path, "--data-root", tmp_path / "lake")
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["one_shot_runs"] == 2
+    assert summary["accuracy_one_shot_runs"] == 1.0  # queries are the support's own pictures
+
+
+def one_shot_runs() -> dict[str, bytes]:
+    """Two runs in Lake's format, 3-way, whose test pictures are those of the training."""
+    files = {}
+    for run_name in ("run01", "run02"):
+        pictures = list(drawings(2, {"Klingon": 3}, 105, count=1).values())
+        for number, picture in enumerate(pictures, 1):
+            files[f"{run_name}/training/class{number:02}.png"] = picture
+            files[f"{run_name}/test/item{4 - number:02}.png"] = picture
+        files[f"{run_name}/class_labels.txt"] = "".join(
+            f"{run_name}/test/item{4 - number:02}.png {run_name}/training/class{number:02}.png\n"
+            for number in (1, 2, 3)
+        ).encode()
+    return files
 
 
 def test_mistakes_are_one_sentence(tiny, tmp_path, monkeypatch, capsys):
