@@ -104,9 +104,18 @@ def dense() -> Problem:
 
 
 def convolutional() -> Problem:
+    """A residual block of ``jdeq.nn``: convolutions and group normalisations, 4x4 of 8 channels."""
+    return _convolutional((8,), state_scale=0.3)
+
+
+def multiscale() -> Problem:
     """The multiscale cell of ``jdeq.nn``: two branches of 8 channels, at 4x4 and 2x2."""
+    return _convolutional((8, 8), state_scale=0.5)
+
+
+def _convolutional(widths: tuple[int, ...], state_scale: float) -> Problem:
     model = MultiscaleCell(
-        (8, 8), expansion=1, state_scale=0.5, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+        widths, expansion=1, state_scale=state_scale, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
     )
     graph, params = nnx.split(model)
     shapes = model.shapes(1, (4, 4))
@@ -122,6 +131,7 @@ def convolutional() -> Problem:
 GROUPS: dict[str, dict[str, Callable[[], Problem]]] = {
     "small": {"linear": linear, "conditioned": conditioned, "root": root, "dense": dense},
     "convolutional": {"convolutional": convolutional},
+    "multiscale": {"multiscale": multiscale},
 }
 """Problems of a group are solved in one batch."""
 

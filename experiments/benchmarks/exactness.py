@@ -55,14 +55,14 @@ class Options:
     Attributes:
         output: JSON file to write.
         table: Markdown file to write.
-        problems: "small", "convolutional" or both.
+        problems: Groups of them: "small", "convolutional", "multiscale".
         solvers: Names of the solvers; all by default.
         adjoints: Names of the gradients; all by default.
     """
 
     output: Path
     table: Path
-    problems: tuple[str, ...] = ("small", "convolutional")
+    problems: tuple[str, ...] = tuple(GROUPS)
     solvers: tuple[str, ...] = ()
     adjoints: tuple[str, ...] = ()
 
@@ -99,7 +99,7 @@ OF_SOLUTION = ("Implicit, GMRES", "Implicit, BiCGStab", "Phantom", "JacobianFree
 """Gradients that look at nothing but the solution: the solver that found it does not matter."""
 
 FEW_SOLVERS = ("Picard", "Anderson II")
-"""Also what the convolutional cell is solved with, whose programs take long to compile."""
+"""Also what convolutional cells are solved with, whose programs take long to compile."""
 
 OF_STEPS = ("Unrolled", "Reversible")
 """Gradients of every step: these get few steps, and problems that need more are called so."""
@@ -189,7 +189,7 @@ def cases(group: str, options: Options) -> Iterator[tuple[str, str]]:
     """Solver and gradient of every row."""
     for solver in options.solvers or SOLVERS:
         for adjoint in options.adjoints or ADJOINTS:
-            few = adjoint in OF_SOLUTION or group == "convolutional"
+            few = adjoint in OF_SOLUTION or group != "small"
             if not few or solver in FEW_SOLVERS:
                 yield solver, adjoint
 
