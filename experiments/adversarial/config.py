@@ -171,6 +171,9 @@ PRESETS = {
     # Three to four minutes on two CPU cores. With ReLUs, joint-trained: 98.9 % clean, 80.0 % under
     # PGD-100 with 5 restarts. With the smooth activations of now, not measured.
     "digits": _DIGITS,
+    # python -m experiments.adversarial --preset digits-linf
+    # The same with a ball of the linf norm.
+    "digits-linf": replace(_DIGITS, norm="linf", radius=0.1),
     # python -m experiments.adversarial --preset mnist-small
     # About 15 minutes of processor time for the three trainings, 12 for the evaluation. With ReLUs,
     # joint-trained: 98.7 % clean, 91.3 % under PGD-100 with 5 restarts; clean-trained 98.7 and
@@ -180,7 +183,13 @@ PRESETS = {
     "mnist-published": _PUBLISHED,
     # Not measured yet.
     "cifar-small": Config(
-        dataset="cifar10", radius=0.5, steps=800, stem=32, width=64, strides=(2, 2), ramp=0.5
+        dataset="cifar10",
+        radius=0.5,
+        steps=400,
+        stem=16,
+        ramp=0.5,
+        evaluation_images=500,
+        speed_problems=128,
     ),
     "cifar-published": replace(_PUBLISHED, dataset="cifar10", steps=20 * 521),
 }
