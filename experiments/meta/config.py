@@ -58,6 +58,7 @@ class Config:
         speed_rates: Adam's learning rates, or first steps, among which it chooses.
         speed_momentum_rates: Likewise of gradient descent with momentum: square roots of its steps;
             it is left out if there are none.
+        speed_relaxation: Of state and adjoint in the joint solve there.
         log_every: Training steps between rows of metrics.
         checkpoint_every: Training steps between checkpoints.
     """
@@ -99,6 +100,7 @@ class Config:
     speed_steps: tuple[int, ...] = (10, 20, 40)
     speed_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     speed_momentum_rates: tuple[float, ...] = (0.1, 0.3, 1.0)
+    speed_relaxation: float = 1.0
     log_every: int = 20
     checkpoint_every: int = 200
 
@@ -172,6 +174,7 @@ PRESETS: dict[str, Config] = {
         speed_steps=(12, 20),
         speed_rates=(0.005, 0.01, 0.02),
         speed_momentum_rates=(1.25, 1.5, 1.75, 1.9),
+        speed_relaxation=1.3,
     ),
     # python -m experiments.meta --preset omniglot-published
     # The published size, 2,345,093 parameters, and 2 million tasks. It wants a GPU, and has not

@@ -62,12 +62,17 @@ def measure_solves(learner: Learner, params: PyTree, tasks: Tasks, ways: int) ->
         validation=problems(slice(half, None)),
         test=problems(slice(half)),
         joint=[
-            joint_candidate(name, jdeq.joint.Descent(optimizer), steps, rates)
+            joint_candidate(name, _descent(learner.config, optimizer), steps, rates)
             for name, optimizer, steps, rates in grid
         ],
         nested=[nested_candidate(*entry, inner=inner) for entry in grid],
         published=published_candidate(optax.adam(_PUBLISHED_RATE), _PUBLISHED_STEPS),
     )
+
+
+def _descent(config: Config, optimizer: optax.GradientTransformation) -> jdeq.joint.Descent:
+    relaxation = config.speed_relaxation
+    return jdeq.joint.Descent(optimizer, state_relaxation=relaxation, adjoint_relaxation=relaxation)
 
 
 def _grid(config: Config) -> list[tuple[str, optax.GradientTransformation, int, Rates]]:
