@@ -29,8 +29,8 @@ STEPS = 6
 
 def attacks(norm, victim):
     return {
-        "joint": Joint(norm, STEPS),
-        "pgd": PGD(norm, STEPS, restarts=2),
+        "joint": Joint(norm, STEPS, rate=4.0, momentum=0.8, hold=1),
+        "pgd": PGD(norm, STEPS, momentum=0.7, restarts=2),
         "fgsm": FGSM(norm),
         "noise": Noise(norm, restarts=2),
         "transfer": Transfer(victim, FGSM(norm)),
