@@ -11,7 +11,6 @@ import optax
 from jax import Array
 
 from experiments.common.data.tasks import Tasks
-from experiments.meta.compiling import compile_together
 from experiments.meta.problem import Learner
 
 PyTree = Any
@@ -48,20 +47,16 @@ def gradient_error(
         ways: Classes a task.
         seed: Of the directions.
     """
-    narrow = jax.jit(jax.grad(_tight_loss(learner, tasks, ways, _SINGLE_RTOL))).lower(params)
+    single = jax.jit(jax.grad(_tight_loss(learner, tasks, ways, _SINGLE_RTOL)))(params)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, tasks))
-        wide_params, wide_tasks = jax.tree.map(jnp.asarray, wide)
-        # One program for values and gradient, since compiling a second one takes longer than it.
-        loss = _tight_loss(learner, wide_tasks, ways, _DOUBLE_RTOL)
-        slope_of, solved = compile_together(
-            [narrow, jax.jit(jax.value_and_grad(loss)).lower(wide_params)]
-        )
-        single = slope_of(params)
-        double = solved(wide_params)[1]
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, tasks, single))
+        params, tasks, single = jax.tree.map(jnp.asarray, wide)
+        # One program for values and gradient, since a second one takes longest to compile.
+        solved = jax.jit(jax.value_and_grad(_tight_loss(learner, tasks, ways, _DOUBLE_RTOL)))
+        double = solved(params)[1]
         errors = []
         for direction in _directions(double, seed):
-            quotient = _quotient(lambda at: solved(at)[0], wide_params, direction)
+            quotient = _quotient(lambda at: solved(at)[0], params, direction)
             along = [optax.tree.vdot(g, direction) for g in (single, double)]
             errors.append([float(abs(slope / quotient - 1)) for slope in along])
     return GradientError(*np.max(errors, axis=0).tolist())

@@ -22,7 +22,6 @@ from experiments.common.speed import (
     nested_candidate,
     published_candidate,
 )
-from experiments.meta.compiling import compile_together
 from experiments.meta.config import Config
 from experiments.meta.problem import Learner
 from experiments.meta.train import outer_loss
@@ -96,12 +95,12 @@ def seconds_of_steps(learner: Learner, params: PyTree, tasks: Tasks) -> dict[str
     Returns:
         "joint" and "nested" to seconds.
     """
-    lowered = {}
+    compiled = {}
     for inner in ("joint", "nested"):
-        config = dataclasses.replace(learner.config, inner=inner)
-        other = dataclasses.replace(learner, config=config)
-        lowered[inner] = _gradient(other).lower(params, tasks)
-    compiled = dict(zip(lowered, compile_together(lowered.values()), strict=True))
+        other = dataclasses.replace(
+            learner, config=dataclasses.replace(learner.config, inner=inner)
+        )
+        compiled[inner] = _gradient(other).lower(params, tasks).compile()
     spent: dict[str, list[float]] = {inner: [] for inner in compiled}
     for _ in range(_REPEATS):
         for inner, function in compiled.items():
