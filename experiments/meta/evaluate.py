@@ -67,7 +67,8 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     ways, shots = config.settings[0]
     seed = run.record.seed
     say("checking the outer gradient")
-    few = source.testing(ways, shots, _GRADIENT_QUERIES, seed).first(_GRADIENT_TASKS)
+    queries = min(_GRADIENT_QUERIES, config.test_queries)  # there may be no more images
+    few = source.testing(ways, shots, queries, seed).first(_GRADIENT_TASKS)
     error = gradient_error(learner, params, few, ways, seed)
     say("measuring speed")
     sampler = source.testing(ways, shots, config.test_queries, seed)

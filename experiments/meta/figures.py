@@ -97,11 +97,12 @@ def _task(run: RunDirectory, learner: Learner, params: PyTree, source: TaskSourc
     """Support, and queries; those that are taken for another class say for which."""
     assert source.test is not None
     ways = min(_SHOWN_WAYS, len(source.test))
-    tasks = source.testing(ways, 1, _SHOWN_QUERIES, run.record.seed).first(1)
+    shown = min(_SHOWN_QUERIES, min(len(images) for images in source.test.images) - 1)
+    tasks = source.testing(ways, 1, shown, run.record.seed).first(1)
     target = learner.target(jnp.asarray(tasks.support_label), ways)
     made = jax.jit(learner_outputs(learner))(params, tasks.support, target, tasks.query)
-    answers = np.asarray(made)[0].argmax(-1).reshape(ways, _SHOWN_QUERIES)
-    queries = tasks.query[0].reshape(ways, _SHOWN_QUERIES, *source.shape)
+    answers = np.asarray(made)[0].argmax(-1).reshape(ways, shown)
+    queries = tasks.query[0].reshape(ways, shown, *source.shape)
     names = [chr(ord("A") + way) for way in range(ways)]
     rows = [plots.Row("support", 1 - tasks.support[0], [f"class {name}" for name in names])]
     for number, guesses in enumerate(answers.T):
