@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from experiments.common import hosts
-from experiments.common.devices import use_all_cores
+from experiments.common.devices import compile_quickly, use_all_cores
 from experiments.common.errors import DISK_ERRORS, UserError, reason
 from experiments.common.non_finite import skip_non_finite
 from experiments.common.parallel import make_mesh, use_mesh
@@ -38,6 +38,7 @@ _RUNS = Path("runs")
 _STATUS_ERROR = 1
 _STATUS_INTERRUPTED = 130
 _OF_TRAINED = ("evaluate", "export")  # commands that never train
+_SMOKE = "smoke"  # the preset of every task that shows that all works, and mostly compiles
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def main(task: Task[Any], argv: Sequence[str] | None = None) -> None:
 def _run(task: Task[Any], arguments: Arguments) -> None:
     run: RunDirectory | None = None
     try:
+        if arguments.preset == _SMOKE:
+            compile_quickly()
         _join(arguments)
         run = _open(task, arguments)
         with (

@@ -33,6 +33,16 @@ def use_all_cores() -> None:
         jax.config.update("jax_num_cpu_devices", 2**power)
 
 
+def compile_quickly() -> None:
+    """Have XLA compile quickly rather than well, unless XLA_FLAGS is set: for programs run once.
+
+    jax reads it when it is first used.
+    """
+    # Later versions lack this flag, and would abort on it.
+    early = "--xla_cpu_use_fusion_emitters=false " if jax.__version_info__ < (0, 11) else ""
+    os.environ.setdefault("XLA_FLAGS", early + "--xla_backend_optimization_level=0")
+
+
 def _cores() -> int:
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from experiments.common.devices import compile_quickly
+
 PROGRAM = """
 import sys, jax
 from experiments.common import devices
@@ -36,3 +38,12 @@ def test_cores_become_devices(cores, count):
 def test_a_number_that_was_given_is_kept():
     assert devices_of(4, XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
     assert devices_of(4, JAX_NUM_CPU_DEVICES="1") == 1
+
+
+def test_programs_that_run_once_are_compiled_quickly_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    compile_quickly()
+    assert "--xla_backend_optimization_level=0" in os.environ["XLA_FLAGS"]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    compile_quickly()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
