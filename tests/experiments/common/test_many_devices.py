@@ -22,11 +22,10 @@ ROOT = Path(__file__).parents[3]
 
 def found_of(tasks, model_devices=1, count=8):
     """What `many_devices` finds, by task."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     command = [sys.executable, "-m", "tests.experiments.common.many_devices"]
     done = subprocess.run(
         [*command, ",".join(tasks), str(model_devices)],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -140,7 +139,7 @@ assert local_rows(6) == slice(0, 6)
 placed = Devices(6).spread({"image": np.ones((6, 3), np.float32)})["image"]
 assert [part.data.shape for part in placed.addressable_shards] == [(3, 3)] * 2
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT, env=os.environ | flags, capture_output=True, text=True,
