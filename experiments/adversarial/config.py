@@ -181,8 +181,8 @@ PRESETS = {
     "mnist-small": Config(dataset="mnist", radius=1.0, steps=2720),
     # The published sizes want a GPU; not measured yet.
     "mnist-published": _PUBLISHED,
-    # Ten to twenty minutes of processor time. Five epochs of a subset: 39 % clean, 27 % under PGD-100
-    # with 5 restarts, joint- and PGD-trained alike.
+    # Ten to twenty minutes of processor time. Five epochs of a subset: 39 % clean and 27 % under
+    # PGD-100 with 5 restarts, joint- and PGD-trained alike.
     "cifar-small": Config(
         dataset="cifar10",
         radius=0.5,
