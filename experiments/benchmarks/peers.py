@@ -10,9 +10,9 @@ the loosest tolerance is found by bisection whose answer still passes: they stop
 may. What does not pass at any tolerance is listed with what it reached, and not timed.
 
 Forward: every solver of every library. Gradient (in parameters and inputs): each library's fastest
-solver of the forward column with each of its backward solvers. What is not installed is left out
-and said so. banax needs Python 3.12. torch computes with one thread or with all cores, whichever
-evaluates the cell faster at the start of each problem.
+solver of the forward column that has a gradient, with each of its backward solvers. What is not
+installed is left out and said so. banax needs Python 3.12. torch computes with one thread or with
+all cores, whichever evaluates the cell faster at the start of each problem.
 """
 
 from __future__ import annotations

@@ -142,7 +142,8 @@ def over_shards(
         in_specs=specs(spread),
         out_specs=specs(out),
         axis_names={BATCH},
-        check_vma=False,  # loops of solves start from constants, which vary over no axis
+        # With its checks JAX would sum gradients over the devices by itself, before their mean.
+        check_vma=False,
     )
 
 
