@@ -19,6 +19,7 @@ from experiments.common.runs import RunDirectory
 from experiments.common.speed_figure import objective_over_time
 from experiments.common.terminal import say
 from experiments.generative import figures
+from experiments.generative.augmentation import augmented_split, augments
 from experiments.generative.classifier import load_classifier
 from experiments.generative.config import Config
 from experiments.generative.distributions import (
@@ -156,12 +157,21 @@ def _reconstruct(
         "psnr_vae_searched": psnr(float(searched.squared_error.mean()) / pixels),
         "psnr_nested": psnr(float(by_nested.mean()) / pixels),
         "psnr_pca": psnr(pca_error(data.train, data.test, config.latent_dim)),
+        **_pca_augmented(config, run, data),
         "seconds_train_vae": vae_seconds,
         "seconds_train_nested": nested_seconds,
         "kkt_state": residual["state"],
         "kkt_adjoint": residual["adjoint"],
         "kkt_stationarity": residual["stationarity"],
     }
+
+
+def _pca_augmented(config: Config, run: RunDirectory, data: ImageData) -> Summary:
+    """Principal components of training images and transformed copies, if the training has these."""
+    if not augments(config):
+        return {}
+    more = augmented_split(config, data.train, run.record.seed)
+    return {"psnr_pca_augmented": psnr(pca_error(more, data.test, config.latent_dim))}
 
 
 def _distributions(

@@ -20,6 +20,7 @@ from experiments.common.optimisers import cosine_adam
 from experiments.common.runs import RunDirectory
 from experiments.common.step import Given, Measured, TrainState, Update, training_step
 from experiments.common.training import Schedule, fit
+from experiments.generative.augmentation import augmented
 from experiments.generative.config import Config
 from experiments.generative.inference import filled
 from experiments.generative.problem import (
@@ -58,7 +59,8 @@ def step_of(config: Config, generator: Generator) -> Update:
     """The training step."""
 
     def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
-        return nested_loss(params, generator, config, given.batch["image"], given.keys)
+        images, keys = augmented(config, given.batch["image"], given.keys)
+        return nested_loss(params, generator, config, images, keys)
 
     return training_step(
         jax.grad(loss, has_aux=True),

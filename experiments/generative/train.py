@@ -15,6 +15,7 @@ from experiments.common.runs import RunDirectory
 from experiments.common.step import Given, Measured, TrainState, Update, training_step
 from experiments.common.terminal import say
 from experiments.common.training import Schedule, fit
+from experiments.generative.augmentation import augmented
 from experiments.generative.classifier import train_classifier
 from experiments.generative.config import Config
 from experiments.generative.nested_training import train_nested
@@ -67,7 +68,8 @@ def step_of(config: Config, generator: Generator) -> Update:
 
     def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
         x0 = starting_latents(given.memory, generator, params, given.batch)
-        return training_loss(params, generator, config, given.batch["image"], given.keys, x0)
+        images, keys = augmented(config, given.batch["image"], given.keys)
+        return training_loss(params, generator, config, images, keys, x0)
 
     def remember(latents: StartStore, batch: dict[str, Array], found: jdeq.Solution) -> StartStore:
         return starts.update(latents, batch["index"], found)

@@ -32,6 +32,7 @@ from experiments.common.step import (
     training_step,
 )
 from experiments.common.training import Schedule, fit
+from experiments.generative.augmentation import augmented
 from experiments.generative.config import Config
 from experiments.generative.inference import filled
 from experiments.generative.problem import (
@@ -166,7 +167,8 @@ def step_of(config: Config, vae: VAE) -> Update:
     """The training step."""
 
     def loss(params: Parameters, given: Given) -> tuple[Array, Measured]:
-        return vae_loss(params, vae, config, given.batch["image"], given.keys, given.step)
+        images, keys = augmented(config, given.batch["image"], given.keys)
+        return vae_loss(params, vae, config, images, keys, given.step)
 
     def contract(params: Parameters) -> Parameters:
         return params._replace(generator=vae.generator.contract(params.generator))
