@@ -6,6 +6,9 @@ Each preset says which command runs it, how long it takes and what to expect of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+OuterGradient = Literal["state", "unrolled"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,16 @@ class Config:
         learning_rate: First rate of AdamW on the parameters; it falls to zero along a cosine.
         weight_decay: Of AdamW.
         gradient_clip: Largest norm of the gradient; longer ones are scaled down.
+        outer_gradient: Of training through the joint solve: `unrolled`, exact, through all of its
+            iterations; `state`, as published, the latents being constants.
         inner_steps: Iterations of the joint solve in training.
         inner_step_size: First step of Adam on the standardised latent in training.
         prior_images: Training images whose latents the prior is fitted to, at most.
+        prior_components: Numbers of normal distributions in the prior to choose from.
         test_images: Test images restored, at most; three quarters of them if there are fewer.
         validation_images: Further test images that penalties, rates and weights are chosen on.
-        penalties: Penalties to choose from, in units of the variance of noise and model error.
+        penalties: Weights of the prior to choose from, in units of the variance of noise and model
+            error.
         joint_steps: Lengths of the joint solve that are compared.
         nested_steps: Lengths of the nested solve that are compared.
         rates: First steps on the standardised latent to choose from, for either.
@@ -40,9 +47,11 @@ class Config:
     learning_rate: float = 3e-4
     weight_decay: float = 0.1
     gradient_clip: float = 10.0
+    outer_gradient: OuterGradient = "unrolled"
     inner_steps: int = 40
     inner_step_size: float = 0.3
     prior_images: int = 2048
+    prior_components: tuple[int, ...] = (1, 5, 20)
     test_images: int = 1024
     validation_images: int = 128
     penalties: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -66,6 +75,7 @@ PRESETS = {
         batch_size=16,
         inner_steps=10,
         prior_images=256,
+        prior_components=(1, 2),
         test_images=64,
         validation_images=32,
         penalties=(0.3, 1.0),

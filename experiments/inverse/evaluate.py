@@ -22,14 +22,16 @@ from experiments.inverse import figures
 from experiments.inverse.classical import best_weight, restore_classically
 from experiments.inverse.config import Config
 from experiments.inverse.measurements import KINDS
-from experiments.inverse.problem import Parameters, Prior
+from experiments.inverse.prior import Prior
+from experiments.inverse.problem import Parameters
 from experiments.inverse.solvers import Batch, Method, Restored, Solver
 from experiments.inverse.source import Source, load_source
 from experiments.inverse.train import initial_state
 from experiments.inverse.tuning import (
+    Belief,
     Choice,
     batch_of,
-    choose_penalties,
+    choose_beliefs,
     choose_rates,
     shortest,
     split_images,
@@ -44,14 +46,14 @@ class Study(NamedTuple):
         source: The models without a task.
         state: The models trained for their tasks.
         solver: Runs the solves.
-        vae_penalties: What suits the autoencoder's decoder.
+        vae_beliefs: What suits the autoencoder's decoder.
     """
 
     config: Config
     source: Source
     state: TrainState
     solver: Solver
-    vae_penalties: dict[str, float]
+    vae_beliefs: dict[str, Belief]
 
 
 class Outcome(NamedTuple):
@@ -81,10 +83,10 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
     checkpoint = _restore(config, run, source)
     if checkpoint.step < config.steps:
         say(f"the run is unfinished: evaluating step {checkpoint.step} of {config.steps}.")
-    say("choosing the penalties of the autoencoder")
+    say("choosing the autoencoder's priors and their weights")
     solver = Solver(source.generator)
-    vae_penalties = choose_penalties(source, source.decoder(), config, solver)
-    study = Study(config, source, checkpoint.state, solver, vae_penalties)
+    vae_beliefs = choose_beliefs(source, source.vae, source.vae_priors(config), config, solver)
+    study = Study(config, source, checkpoint.state, solver, vae_beliefs)
     images = split_images(source, config)
     summary: Summary = {}
     outcomes = {}
@@ -112,9 +114,8 @@ def _evaluate(
     config, source, state, solver = study.config, study.source, study.state, study.solver
     kind = KINDS[name]
     tuning, batch = batch_of(name, validation), batch_of(name, test)
-    penalty = float(state.memory.penalty[number])
-    trained = Parameters(jax.tree.map(lambda leaf: leaf[number], state.params), state.memory.prior)
-    plain = Parameters(source.joint, state.memory.prior)
+    params, (prior, penalty) = jax.tree.map(lambda leaf: leaf[number], (state.params, state.memory))
+    trained, plain = Parameters(params, prior), Parameters(source.joint, prior)
 
     joint = [Method("joint", steps) for steps in config.joint_steps]
     nested = [Method("nested", steps) for steps in config.nested_steps]
@@ -132,7 +133,8 @@ def _evaluate(
     restored["unconditional"] = solver.restore(
         chosen.method, untrained[chosen.method].rate, plain, penalty, batch, timed=True
     )
-    decoder, its_penalty = source.decoder(), study.vae_penalties[name]
+    its_prior, its_penalty = study.vae_beliefs[name]
+    decoder = Parameters(source.vae, its_prior)
     by_vae = choose_rates(solver, decoder, its_penalty, tuning, [nested[-1]], config.rates)
     restored["vae"] = solver.restore(
         nested[-1], by_vae[nested[-1]].rate, decoder, its_penalty, batch, timed=True
@@ -185,9 +187,10 @@ def _restore(config: Config, run: RunDirectory, source: Source) -> Checkpoint:
     """The newest undamaged checkpoint of the models trained for their tasks."""
 
     def template() -> TrainState:
-        prior = Prior.standard(source.config.latent_dim)
-        penalty = jnp.zeros(len(KINDS))
-        return initial_state(config, source.joint, prior, penalty, run.record.seed)
+        prior = Prior.standard(source.config.latent_dim, max(config.prior_components))
+        one = Belief(prior, jnp.zeros(()))
+        beliefs = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(KINDS)), one)
+        return initial_state(config, source.joint, beliefs, run.record.seed)
 
     restored = restore_newest(run.checkpoints, jax.eval_shape(template), discard=False)
     if restored is None:

@@ -89,7 +89,7 @@ class Solver:
         method: Method,
         rate: float,
         params: Parameters,
-        penalty: float,
+        penalty: float | Array,
         batch: Batch,
         timed: bool = False,
     ) -> Restored:
@@ -99,7 +99,7 @@ class Solver:
             method: Which solve.
             rate: First step of Adam on the standardised latent.
             params: Generator and prior.
-            penalty: Weight of the squared norm of the standardised latent.
+            penalty: Weight of the prior.
             batch: The problems.
             timed: Whether to measure the time, by the median of three solves.
         """

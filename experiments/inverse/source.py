@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.common import hosts
 from experiments.common.data import ImageData, load_images
 from experiments.common.errors import UserError
@@ -25,7 +27,7 @@ from experiments.generative.evaluate import load_generator, training_latents
 from experiments.generative.problem import Generator
 from experiments.generative.train import train_joint
 from experiments.inverse.config import Config
-from experiments.inverse.problem import Parameters, Prior
+from experiments.inverse.prior import Prior
 
 PyTree = Any
 
@@ -49,15 +51,28 @@ class Source(NamedTuple):
     joint: PyTree
     vae: PyTree
 
-    def prior(self, count: int) -> Prior:
-        """The normal distribution of the latents of the first training images."""
-        config, data = self.config, self.data
-        latents = training_latents(self.generator, self.joint, data, config, count)
-        return Prior.of(latents)
+    def prior(self, count: int, components: int = 1) -> Prior:
+        """The distribution of the latents of the first training images, see `Prior.of`."""
+        return Prior.of(self._latents(self.joint, count), components)
 
-    def decoder(self) -> Parameters:
-        """The autoencoder's decoder with its own prior."""
-        return Parameters(self.vae, Prior.standard(self.config.latent_dim))
+    def priors(self, config: Config) -> list[Prior]:
+        """What the generator's prior is chosen from: mixtures of the latents it gives images."""
+        return self._mixtures(self.joint, config)
+
+    def vae_priors(self, config: Config) -> list[Prior]:
+        """The same of the autoencoder's decoder, and its own prior before all."""
+        slots = max(config.prior_components)
+        own = Prior.standard(self.config.latent_dim, slots)
+        return [own, *self._mixtures(self.vae, config)]
+
+    def _mixtures(self, params: PyTree, config: Config) -> list[Prior]:
+        latents = self._latents(params, config.prior_images)
+        slots = max(config.prior_components)
+        numbers = [count for count in config.prior_components if count <= len(latents)]
+        return [Prior.of(latents, count, slots) for count in numbers]
+
+    def _latents(self, params: PyTree, count: int) -> np.ndarray:
+        return training_latents(self.generator, params, self.data, self.config, count)
 
 
 def adopt(config: Config, run: RunDirectory, source: Path) -> None:

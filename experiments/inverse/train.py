@@ -1,14 +1,15 @@
 """Training for the task: the latents fit what is observed, the images are to be the clean ones.
 
-Every problem has its own copy of the generator. A step corrupts the images anew, solves for the
-latents given the corrupted ones alone, and follows the gradient of the squared error to the clean
-ones; the latents are constants to it, the equilibrium is not (as published).
+Every problem has its own copy of the generator. A step transforms the images as the generator's own
+training did, corrupts them anew, solves for the latents given the corrupted ones alone, and follows
+the gradient of the squared error to the clean ones: the exact one, through all iterations of the
+joint solve, or the published one, to which the latents are constants.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +30,17 @@ from experiments.common.step import (
 )
 from experiments.common.terminal import say
 from experiments.common.training import Schedule, fit
+from experiments.common.unrolled import unrolled_solve
+from experiments.generative.augmentation import augmented
 from experiments.generative.problem import squared_error
 from experiments.inverse.config import Config
 from experiments.inverse.measurements import KINDS, Setting, corrupt, setting
-from experiments.inverse.problem import Parameters, Prior, inverse_problem
+from experiments.inverse.problem import Parameters, inverse_problem
 from experiments.inverse.solvers import Solver
 from experiments.inverse.source import Source, load_source, train_source
-from experiments.inverse.tuning import choose_penalties
+from experiments.inverse.tuning import Belief, choose_beliefs
 
 PyTree = Any
-
-
-class Fixed(NamedTuple):
-    """What training takes from before and leaves as it is: the memory of its state.
-
-    Attributes:
-        prior: Of the latents of the generator without a task.
-        penalty: Of each problem, [P].
-    """
-
-    prior: Prior
-    penalty: Array
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
@@ -58,31 +49,29 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     if is_trained(run):
         return
     source = load_source(config, run, data_root)
-    say("fitting the prior, choosing the penalties")
-    prior = source.prior(config.prior_images)
-    found = choose_penalties(
-        source, Parameters(source.joint, prior), config, Solver(source.generator)
+    say("fitting priors, and choosing one and its weight for each problem")
+    found = choose_beliefs(
+        source, source.joint, source.priors(config), config, Solver(source.generator)
     )
-    penalty = jnp.asarray([found[name] for name in KINDS], jnp.float32)
+    beliefs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[found[name] for name in KINDS])
     say(f"training {len(KINDS)} generators for their tasks")
     fit(
         step_of(config, source),
-        initial_state(config, source.joint, prior, penalty, run.record.seed),
+        initial_state(config, source.joint, beliefs, run.record.seed),
         batches(source.data.train, config.batch_size, run.record.seed),
         run,
         Schedule(config.steps, config.log_every, config.checkpoint_every),
     )
 
 
-def initial_state(
-    config: Config, params: PyTree, prior: Prior, penalty: Array, seed: int
-) -> TrainState:
+def initial_state(config: Config, params: PyTree, beliefs: Belief, seed: int) -> TrainState:
     """What training starts from: for every problem the generator without a task.
 
-    Parameters and the optimiser's state have the problems along axis 0.
+    Parameters, the optimiser's state and the beliefs, which training leaves as they are, have the
+    problems along axis 0.
     """
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(KINDS)), params)
-    return TrainState.start(stacked, _optimizer(config), seed, Fixed(prior, penalty))
+    return TrainState.start(stacked, _optimizer(config), seed, beliefs)
 
 
 def step_of(config: Config, source: Source) -> Update:
@@ -92,17 +81,17 @@ def step_of(config: Config, source: Source) -> Update:
     stacked: Setting = jax.tree.map(lambda *leaves: jnp.stack(leaves), *settings)
 
     def gradient(params: PyTree, given: Given) -> tuple[PyTree, Measured]:
-        (prior, penalties), images = given.memory, given.batch["image"]
+        images = given.batch["image"]
 
-        def one(of: tuple[PyTree, Setting, Array, Array]) -> tuple[PyTree, Measured]:
-            params, at, penalty, keys = of
+        def one(of: tuple[PyTree, Setting, Belief, Array]) -> tuple[PyTree, Measured]:
+            params, at, belief, keys = of
             return jax.grad(task_loss, has_aux=True)(
-                params, problem, source, config, prior, at, penalty, images, keys
+                params, problem, source, config, belief, at, images, keys
             )
 
         # One after the other: the program is compiled once for all problems.
         keys = jnp.stack(split_each(given.keys, len(KINDS)))
-        found, rows = jax.lax.map(one, (params, stacked, penalties, keys))
+        found, rows = jax.lax.map(one, (params, stacked, given.memory, keys))
         means = {**_by_problem(rows.means), "loss": jnp.mean(rows.means["loss"])}
         return found, Measured(means, _by_problem(rows.medians))
 
@@ -126,9 +115,8 @@ def task_loss(
     problem: jdeq.InputProblem,
     source: Source,
     config: Config,
-    prior: Prior,
+    belief: Belief,
     at: Setting,
-    penalty: Array,
     images: Array,
     keys: Array,
 ) -> tuple[Array, Measured]:
@@ -139,38 +127,37 @@ def task_loss(
         problem: The input problem, see `inverse_problem`.
         source: Where the network and its settings come from.
         config: Settings.
-        prior: Of the latents.
+        belief: Prior of the latents and its weight.
         at: The problem.
-        penalty: Of the latents, [].
         images: Clean images, [B, H, W, C] in [0, 1].
         keys: PRNG keys of the corruptions and of the penalty's probes, [B].
 
     Returns:
         (loss, metrics).
     """
+    images, keys = augmented(source.config, images, keys)
     corruptions, probes = split_each(keys)
     observed, how = corrupt(at, images, corruptions)
     generator = source.generator
     _, z0 = generator.start(params, len(images))
     u0 = jnp.zeros((len(images), generator.latent_dim))
-    data = (how, jnp.broadcast_to(penalty, (len(images),)))
-    solution = jdeq.joint_solve(
-        problem,
-        Parameters(params, jax.lax.stop_gradient(prior)),
-        observed,
-        u0,
-        z0,
-        data=data,
-        method=jdeq.joint.Descent(step_size=config.inner_step_size),
-        max_steps=config.inner_steps,
-    )
+    data = (how, jnp.broadcast_to(belief.penalty, (len(images),)))
+    arguments = (
+        problem, Parameters(params, jax.lax.stop_gradient(belief.prior)), observed, u0, z0
+    )  # fmt: skip
+    size, steps = config.inner_step_size, config.inner_steps
+    if config.outer_gradient == "unrolled":
+        solution = unrolled_solve(*arguments, data=data, step_size=size, steps=steps)
+    else:
+        method = jdeq.joint.Descent(step_size=size)
+        solution = jdeq.joint_solve(*arguments, data=data, method=method, max_steps=steps)
     z = solution.value.z
     loss = jnp.mean(squared_error(generator.decode(params, z), images))
     residual = solution.residual
     medians = {"kkt_state": residual.state, "kkt_stationarity": residual.stationarity}
     measured = Measured({"loss": loss}, medians)
     if source.config.jacobian_weight:
-        x = prior.latents(jax.lax.stop_gradient(solution.value.x))
+        x = belief.prior.latents(jax.lax.stop_gradient(solution.value.x))
         jacobian = jdeq.regularization.jacobian_frobenius(
             generator.problem.cell, params, z, x, probes, probes=source.config.jacobian_probes
         )

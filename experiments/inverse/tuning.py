@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from experiments.common.errors import UserError
 from experiments.common.metrics import psnr
 from experiments.inverse.config import Config
 from experiments.inverse.measurements import KINDS, check_images, corrupt, setting
+from experiments.inverse.prior import Prior
 from experiments.inverse.problem import Parameters
 from experiments.inverse.solvers import Batch, Method, Solver
 from experiments.inverse.source import Source
+
+PyTree = Any
 
 _TEST_SHARE = 0.75
 _SEED = 0  # of the corruptions, the same for every run, so that seeds compare
@@ -32,6 +36,18 @@ class Images(NamedTuple):
 
     test: np.ndarray
     validation: np.ndarray
+
+
+class Belief(NamedTuple):
+    """What is believed of the latents of one problem.
+
+    Attributes:
+        prior: Their distribution.
+        penalty: Its weight beside the squared error, [].
+    """
+
+    prior: Prior
+    penalty: Array
 
 
 class Choice(NamedTuple):
@@ -67,35 +83,48 @@ def batch_of(name: str, images: np.ndarray) -> Batch:
     return Batch(images, observed, how)
 
 
-def choose_penalties(
-    source: Source, params: Parameters, config: Config, solver: Solver
-) -> dict[str, float]:
-    """The penalty of each problem by which a generator without a task restores best.
+def choose_beliefs(
+    source: Source, params: PyTree, priors: Sequence[Prior], config: Config, solver: Solver
+) -> dict[str, Belief]:
+    """The prior of each problem, and its weight, by which a generator without a task restores best.
 
-    The candidates are multiples of the variance of noise and model error together, the latter
-    measured by reconstructing the validation images themselves.
+    The candidates for the weight are multiples of the variance of noise and model error together,
+    the latter measured by reconstructing the validation images themselves.
+
+    Args:
+        source: The images.
+        params: Parameters of the generator.
+        priors: To choose from, of the same shapes.
+        config: Settings.
+        solver: Runs the solves.
     """
     images = split_images(source, config).validation
     method = Method("joint", max(config.joint_steps))
     rate = float(np.median(config.rates))
 
-    def error(name: str, penalty: float) -> float:
-        batch = batch_of(name, images)
-        made = solver.restore(method, rate, params, penalty, batch).images
+    def error(batch: Batch, prior: Prior, penalty: float) -> float:
+        made = solver.restore(method, rate, Parameters(params, prior), penalty, batch).images
         return float(batch.squared_errors(made).mean())
 
-    model = _model_error(solver, method, rate, params, images)
+    model = _model_error(solver, method, rate, Parameters(params, priors[0]), images)
     chosen = {}
     for name, kind in KINDS.items():
-        candidates = [share * (kind.noise**2 + model) for share in config.penalties]
-        chosen[name] = min(candidates, key=lambda penalty: error(name, penalty))
+        batch = batch_of(name, images)
+        weights = [share * (kind.noise**2 + model) for share in config.penalties]
+        tried = {
+            (number, weight): error(batch, prior, weight)
+            for number, prior in enumerate(priors)
+            for weight in weights
+        }
+        number, weight = min(tried, key=lambda pair: tried[pair])
+        chosen[name] = Belief(priors[number], jnp.float32(weight))
     return chosen
 
 
 def choose_rates(
     solver: Solver,
     params: Parameters,
-    penalty: float,
+    penalty: float | Array,
     batch: Batch,
     methods: Sequence[Method],
     rates: Sequence[float],
@@ -119,7 +148,12 @@ def shortest(choices: Mapping[Method, Choice]) -> Choice:
 
 
 def quality(
-    solver: Solver, method: Method, rate: float, params: Parameters, penalty: float, batch: Batch
+    solver: Solver,
+    method: Method,
+    rate: float,
+    params: Parameters,
+    penalty: float | Array,
+    batch: Batch,
 ) -> float:
     """PSNR of what the method restores, in dB."""
     made = solver.restore(method, rate, params, penalty, batch).images

@@ -14,9 +14,9 @@ from flax import nnx
 from jax import Array
 
 import jdeq
+from experiments.common.unrolled import unrolled_solve
 from experiments.meta.config import Config, OuterGradient
 from experiments.meta.model import CompactNetwork, DenseNetwork, MultiscaleNetwork, Network
-from experiments.meta.unrolled import unrolled_solve
 
 PyTree = Any
 
@@ -178,12 +178,9 @@ class Learner:
         given = (self.problem, params, target)
         shared: dict[str, Any] = {"data": data, "rtol": config.inner_rtol}
         if gradient == "unrolled":
-            steps = config.inner_steps
-            last = unrolled_solve(*given, x0, z0, data, step_size=config.inner_step, steps=steps)
-            z, x, mu = jax.lax.stop_gradient(last)
-            measured = jdeq.joint_solve(*given, x, z, mu0=mu, max_steps=1, **shared)
-            count = jnp.full_like(measured.steps, steps)
-            return dataclasses.replace(measured, value=last, steps=count)
+            return unrolled_solve(
+                *given, x0, z0, step_size=config.inner_step, steps=config.inner_steps, **shared
+            )
         adjoint = implicit_gradient(gradient, config)
         if config.inner == "joint":
             return jdeq.joint_solve(

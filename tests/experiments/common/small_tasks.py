@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -96,14 +97,16 @@ def _inverse() -> Training:
     from experiments.inverse import train as inverse
     from experiments.inverse.config import PRESETS
     from experiments.inverse.measurements import KINDS
-    from experiments.inverse.problem import Prior
+    from experiments.inverse.prior import Prior
     from experiments.inverse.source import Source
+    from experiments.inverse.tuning import Belief
 
     config = replace(PRESETS["smoke"], batch_size=BATCH, inner_steps=8)
     generator, params = build_generator(_GENERATIVE, _SHAPE, seed=0)
     source = Source(data(), generator, _GENERATIVE, params, None)
-    prior, penalty = Prior.standard(_GENERATIVE.latent_dim), jnp.full(len(KINDS), 0.1)
-    state = inverse.initial_state(config, params, prior, penalty, seed=0)
+    belief = Belief(Prior.standard(_GENERATIVE.latent_dim), jnp.asarray(0.1))
+    beliefs = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(KINDS)), belief)
+    state = inverse.initial_state(config, params, beliefs, seed=0)
     return Training(inverse.step_of(config, source), state, _images())
 
 

@@ -8,10 +8,13 @@ from flax import nnx
 
 import jdeq
 from experiments.generative.problem import Generator
-from experiments.inverse.problem import Parameters, Prior
+from experiments.inverse.prior import Prior
+from experiments.inverse.problem import Parameters
 
 BASIS = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 3)))[0].astype(np.float32)
-PRIOR = Prior(jnp.array([0.3, -0.2, 0.1]), jnp.diag(jnp.array([0.4, 0.3, 0.2])))
+PRIOR = Prior.standard(3)._replace(
+    centre=jnp.array([0.3, -0.2, 0.1]), factor=jnp.diag(jnp.array([0.4, 0.3, 0.2]))
+)
 SHAPE = (4, 3, 1)
 
 
@@ -40,7 +43,7 @@ def linear():
 
 def latents(observed, matrix, penalty):
     """The x of the minimiser of ||A image(x) - observed||^2 + penalty ||u||^2."""
-    centre, factor = (np.asarray(part, np.float64) for part in PRIOR)
+    centre, factor = (np.asarray(part, np.float64) for part in PRIOR[:2])
     image = BASIS.astype(np.float64) / 0.7
     design = matrix @ image @ factor
     rest = observed - matrix @ (0.5 + image @ centre)

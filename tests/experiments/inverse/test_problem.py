@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from experiments.common.step import split_each
 from experiments.generative.config import PRESETS as GENERATIVE
 from experiments.inverse.config import PRESETS
 from experiments.inverse.evaluate import _within
 from experiments.inverse.measurements import KINDS, corrupt, setting
-from experiments.inverse.problem import Prior, inverse_problem
+from experiments.inverse.prior import Prior
+from experiments.inverse.problem import inverse_problem
 from experiments.inverse.solvers import Batch, Method, Restored, Solver
 from experiments.inverse.source import Source
 from experiments.inverse.train import task_loss
-from experiments.inverse.tuning import Choice, batch_of, shortest
+from experiments.inverse.tuning import Belief, Choice, batch_of, shortest
 from tests.experiments.inverse.linear import PRIOR, SHAPE, image_of, images, latents, linear
 
 
@@ -39,25 +41,87 @@ def test_latents_that_do_not_vary_leave_the_prior_regular():
     assert np.linalg.cond(np.asarray(Prior.of(drawn).factor)) < 1e3
 
 
-def test_the_gradient_of_the_task_is_that_at_constant_latents():
-    generator, params = linear()
-    config = replace(PRESETS["smoke"], inner_steps=120, inner_step_size=0.1)
-    source = Source(None, generator, GENERATIVE["smoke"], params.generator, None)
-    at, clean = setting(KINDS["denoise02"], SHAPE), jnp.asarray(images(6))
-    keys, penalty = jax.random.split(jax.random.key(3), len(clean)), 0.05
-    gradient, measured = jax.grad(task_loss, has_aux=True)(
-        params.generator, inverse_problem(generator), source, config, PRIOR, at,
-        jnp.float32(penalty), clean, keys,
+def test_one_component_costs_the_squared_norm_however_often_it_is_there():
+    u = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    for prior in (Prior.standard(4), Prior.standard(4, slots=6)):
+        np.testing.assert_allclose(prior.energy(u), jnp.sum(u**2, axis=1), rtol=1e-5)
+
+
+def test_a_mixture_has_the_density_of_its_components_and_empty_slots_none():
+    random = np.random.default_rng(0)
+    centres = np.array([[-3.0, 0.0], [3.0, 1.0], [0.0, 4.0]])
+    drawn = np.concatenate([random.normal(size=(200, 2)) * 0.5 + c for c in centres])
+    prior, slotted = Prior.of(drawn, 3), Prior.of(drawn, 3, slots=5)
+    u = jnp.asarray(random.normal(size=(6, 2)), jnp.float32)
+    log_weights, means, roots = (np.asarray(leaf, np.float64) for leaf in prior.components)
+    shares = np.exp(log_weights) / np.prod(np.diagonal(roots, axis1=1, axis2=2), axis=1)
+    np.testing.assert_allclose(np.sum(shares), 1, rtol=1e-5)
+    density = np.zeros(6)
+    for share, mean, root in zip(shares, means, roots, strict=True):
+        covariance = np.linalg.inv(root @ root.T)
+        density += share * multivariate_normal(mean, covariance).pdf(u)
+    expected = -2 * np.log(density) - 2 * np.log(2 * np.pi)  # of two dimensions
+    np.testing.assert_allclose(prior.energy(u), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(slotted.energy(u), prior.energy(u), rtol=1e-5)
+    gradients = [jax.grad(lambda u, p=p: p.energy(u).sum())(u) for p in (prior, slotted)]
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-4)
+
+
+PENALTY = 0.05
+DENOISING = setting(KINDS["denoise02"], SHAPE)
+
+
+def task_of(params, keys, clean, **changes):
+    """The loss of denoising as a function of the parameters, with what is measured."""
+    generator, _ = linear()
+    config = replace(PRESETS["smoke"], **changes)
+    source = Source(None, generator, GENERATIVE["smoke"], params, None)
+    problem, belief = inverse_problem(generator), Belief(PRIOR, jnp.asarray(PENALTY))
+    return lambda params: task_loss(
+        params, problem, source, config, belief, DENOISING, clean, keys
     )  # fmt: skip
 
-    observed, _ = corrupt(at, clean, split_each(keys)[0])
-    x = np.stack([latents(np.asarray(seen).ravel(), np.eye(12), penalty) for seen in observed])
+
+def test_the_published_gradient_of_the_task_is_that_at_constant_latents():
+    _, params = linear()
+    clean = jnp.asarray(images(6))
+    keys = jax.random.split(jax.random.key(3), len(clean))
+    task = task_of(
+        params.generator, keys, clean, outer_gradient="state", inner_steps=120, inner_step_size=0.1
+    )
+    gradient, measured = jax.grad(task, has_aux=True)(params.generator)
+
+    observed, _ = corrupt(DENOISING, clean, split_each(keys)[0])
+    x = np.stack([latents(np.asarray(seen).ravel(), np.eye(12), PENALTY) for seen in observed])
     difference = np.stack([image_of(one) for one in x]) - np.asarray(clean).reshape(6, 12)
     # The joint solve stops at relative residuals of 1e-3, of which the tolerances are a few.
     assert measured.means["loss"] == pytest.approx(np.mean(np.sum(difference**2, axis=1)), rel=5e-3)
     expected = 2 * difference.T @ (x / 0.7) / 6
     (found,) = jax.tree.leaves(gradient)
     np.testing.assert_allclose(found, expected, atol=1e-2 * np.abs(expected).max())
+
+
+def test_the_unrolled_gradient_of_the_task_is_exact_for_the_iterations_that_are_made():
+    with jax.enable_x64(True):
+        _, params = linear()
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params.generator)
+        clean, keys = jnp.asarray(images(4), jnp.float64), jax.random.split(jax.random.key(3), 4)
+        task = jax.jit(
+            task_of(
+                params, keys, clean, outer_gradient="unrolled", inner_steps=15, inner_step_size=0.2
+            )
+        )
+        gradient, _ = jax.grad(task, has_aux=True)(params)
+        leaves, structure = jax.tree.flatten(params)
+        direction = [jax.random.normal(jax.random.key(4), leaf.shape) for leaf in leaves]
+        slope = sum(map(jnp.vdot, jax.tree.leaves(gradient), direction))
+
+        def along(step):
+            moved = [leaf + step * d for leaf, d in zip(leaves, direction, strict=True)]
+            return task(jax.tree.unflatten(structure, moved))[0]
+
+        difference = (along(1e-5) - along(-1e-5)) / 2e-5
+    assert float(slope) == pytest.approx(float(difference), rel=1e-6)
 
 
 def test_joint_and_nested_find_the_minimum_at_any_rate_and_are_timed():

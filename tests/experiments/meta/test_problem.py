@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 import jdeq
+from experiments.common.unrolled import unrolled_solve
 from experiments.meta.gradient_error import gradient_error
 from experiments.meta.problem import Head, Learner
 from experiments.meta.train import outer_loss
-from experiments.meta.unrolled import unrolled_solve
 from tests.experiments.meta.learners import CLASSES, SINUSOID, learner_of
 
 
@@ -92,7 +92,7 @@ def test_the_unrolled_iteration_is_that_of_the_joint_solve(given):
         method=jdeq.joint.Descent(jdeq.joint.Descent(step_size=0.05).transformation(steps)),
         history=_context,
     )  # fmt: skip
-    np.testing.assert_allclose(last.x.context, recorded.history.record[steps], atol=1e-5)
+    np.testing.assert_allclose(last.value.x.context, recorded.history.record[steps], atol=1e-5)
 
 
 def _context(state):

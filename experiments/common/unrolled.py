@@ -1,7 +1,8 @@
-"""The joint iteration as a chain of differentiable steps, to compare implicit gradients with."""
+"""The joint iteration as a chain of differentiable steps, whose gradient is that of its end."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ def unrolled_solve(
     *,
     step_size: float,
     steps: int,
-) -> jdeq.AugmentedState:
+    rtol: float = 1e-3,
+) -> jdeq.Solution:
     """`jdeq.joint.Descent(step_size=step_size)`, all steps of it, differentiated step by step.
 
     The gradient is that of the last iterate, converged or not. Memory is one augmented iterate a
@@ -39,9 +41,11 @@ def unrolled_solve(
         data: Constants of each problem, differentiable.
         step_size: First step of Adam on x.
         steps: All of which are made.
+        rtol: Of the outcome that is reported; nothing stops at it.
 
     Returns:
-        The last iterate, its mu without `dl/dz`.
+        The solution, its value the last iterate with mu short of `dl/dz`, differentiable; residuals
+        and outcome are those of the same point, by one more evaluation.
     """
     optimizer = jdeq.joint.Descent(step_size=step_size).transformation(steps)
 
@@ -62,4 +66,11 @@ def unrolled_solve(
     zeros = jax.tree.map(jnp.zeros_like, z0)
     carry = (z0, x0, zeros, jax.vmap(optimizer.init)(x0))
     (z, x, pulled, _), _ = lax.scan(step, carry, None, length=steps)
-    return jdeq.AugmentedState(z, x, pulled)
+    last = jdeq.AugmentedState(z, x, pulled)
+    at = jax.lax.stop_gradient(last)
+    measured = jdeq.joint_solve(
+        problem, jax.lax.stop_gradient(params), target, at.x, at.z, data=data, mu0=at.mu,
+        rtol=rtol, max_steps=1,
+    )  # fmt: skip
+    count = jnp.full_like(measured.steps, steps)
+    return dataclasses.replace(measured, value=last, steps=count)
