@@ -89,14 +89,17 @@ def compare_distributions(
     """Fréchet distances to the test images, precision and recall.
 
     `frechet_joint` is of the sampler that comes nearest to the *training* images; `frechet_vae` is
-    of the prior. The further ones are reported by name.
+    of the prior. The further ones are reported by name, and those of `to_train` are distances to
+    training images: where test images are of classes of their own, such as people, these tell more.
 
     Returns:
         (results, name of the sampler of the joint generator that was chosen).
     """
     count = min(len(data.test), len(data.train), MOST)
     test = extractor.features(data.test.first(count))
-    train = extractor.features(data.train.first(count))
+    # Spread evenly: where images are sorted by class, the first would be of a few classes only.
+    spread = np.linspace(0, len(data.train) - 1, count).astype(int)
+    train = extractor.features(data.train.images.read(spread))
     features = {name: extractor.features(drawn.images) for name, drawn in joint.items()}
     chosen = min(features, key=lambda name: frechet_distance(features[name], train))
     of_vae = {name: extractor.features(drawn.images) for name, drawn in vae.items()}
@@ -114,6 +117,7 @@ def compare_distributions(
         ("vae", of_vae["prior"]),
         ("vae_mixture", of_vae["mixture"]),
     ):
+        summary[f"frechet_{label}_to_train"] = frechet_distance(drawn, train)
         precision, recall = precision_recall(test, drawn)
         summary |= {f"precision_{label}": precision, f"recall_{label}": recall}
     accuracy = extractor.accuracy(data.test)

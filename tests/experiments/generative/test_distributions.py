@@ -46,5 +46,23 @@ def test_the_sampler_nearest_to_the_training_images_is_reported_against_the_test
         frechet_distance(flat(vae["prior"].images), flat(test))
     )
     assert summary["frechet_train"] == pytest.approx(frechet_distance(flat(train), flat(test)))
+    assert summary["frechet_joint_to_train"] == pytest.approx(
+        frechet_distance(flat(joint["near train"].images), flat(train))
+    )
+    assert summary["frechet_vae_to_train"] == pytest.approx(
+        frechet_distance(flat(vae["prior"].images), flat(train))
+    )
     assert "classifier_accuracy" not in summary
     assert all(0 <= summary[f"{kind}_joint"] <= 1 for kind in ("precision", "recall"))
+
+
+def test_training_images_that_are_sorted_are_taken_from_all_of_them():
+    train = np.concatenate([images(0, 0.2, count=300), images(1, 0.8, count=300)])
+    test = np.concatenate([images(2, 0.2, count=60), images(3, 0.8, count=60)])
+    data = ImageData("sorted", Split(ArrayImages(train)), Split(ArrayImages(test)))
+    one = {"only": samples(4)}
+    summary, _ = compare_distributions(
+        Pixels(), data, one, {"prior": one["only"], "mixture": one["only"]}
+    )
+    # Of the first 120 alone, all of the darker kind, the distance would be above a third.
+    assert summary["frechet_train"] < 0.02
