@@ -27,7 +27,8 @@ class Config:
             iterations; `state`, as published, the latents being constants.
         inner_steps: Iterations of the joint solve in training.
         inner_step_size: First step of Adam on the standardised latent in training.
-        prior_images: Training images whose latents the prior is fitted to, at most.
+        prior_images: Training images whose latents the prior is fitted to, at most; transformed
+            copies among them where the generator was trained on such.
         prior_components: Numbers of normal distributions in the prior to choose from.
         test_images: Test images restored, at most; three quarters of them if there are fewer.
         validation_images: Further test images that penalties, rates and weights are chosen on.
@@ -96,17 +97,14 @@ PRESETS = {
         _DIGITS, generator="mnist", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
     ),
     # python -m experiments.inverse --preset faces
-    # Not measured yet.
     "faces": replace(
         _DIGITS,
         generator="faces",
         steps=200,
         batch_size=16,
-        inner_steps=30,
-        joint_steps=(20, 80),
-        nested_steps=(2, 10, 30),
-        rates=(0.2, 0.4),
-        log_every=10,
-        checkpoint_every=20,
+        prior_images=900,
+        prior_components=(1, 5),
+        joint_steps=(20, 40, 80),
+        nested_steps=(2, 5, 10, 30),
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from experiments.common.runs import (
 )
 from experiments.common.terminal import say
 from experiments.generative import vae as autoencoder
+from experiments.generative.augmentation import augmented_split, augments
 from experiments.generative.config import PRESETS
 from experiments.generative.config import Config as GenerativeConfig
 from experiments.generative.evaluate import load_generator, training_latents
@@ -32,6 +34,7 @@ from experiments.inverse.prior import Prior
 PyTree = Any
 
 _FOLDER = "generator"
+_COPIES_SEED = 0
 
 
 class Source(NamedTuple):
@@ -72,7 +75,10 @@ class Source(NamedTuple):
         return [Prior.of(latents, count, slots) for count in numbers]
 
     def _latents(self, params: PyTree, count: int) -> np.ndarray:
-        return training_latents(self.generator, params, self.data, self.config, count)
+        train, data, config = self.data.train, self.data, self.config
+        if augments(config):  # few images: their transformed copies tell more of what there may be
+            data = replace(data, train=augmented_split(config, train, _COPIES_SEED))
+        return training_latents(self.generator, params, data, config, count)
 
 
 def adopt(config: Config, run: RunDirectory, source: Path) -> None:
