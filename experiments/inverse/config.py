@@ -91,6 +91,9 @@ PRESETS = {
     # 600 steps and penalties up to 3, denoising at 0.2 and 0.4 restored to 19.5 and 15.8 dB, the
     # hidden box to 15.9 dB; not measured again since.
     "digits": _DIGITS,
+    # python -m experiments.inverse --preset digits-state
+    # The same with the published gradient of training, to which the latents are constants.
+    "digits-state": replace(_DIGITS, outer_gradient="state"),
     # python -m experiments.inverse --preset mnist
     # Not measured yet.
     "mnist": replace(
@@ -106,5 +109,28 @@ PRESETS = {
         prior_components=(1, 5),
         joint_steps=(20, 40, 80),
         nested_steps=(2, 5, 10, 30),
+    ),
+    # python -m experiments.inverse --preset cifar10
+    # Not measured yet.
+    "cifar10": replace(
+        _DIGITS, generator="cifar10", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
+    ),
+    # python -m experiments.inverse --preset celeba-published
+    # The published size and gradient, 20 epochs for each task. It wants a GPU.
+    "celeba-published": replace(
+        _DIGITS,
+        generator="celeba-published",
+        steps=20 * 3391,
+        batch_size=48,
+        weight_decay=0.0,
+        gradient_clip=1e4,
+        outer_gradient="state",
+        inner_steps=100,
+        inner_step_size=0.1,
+        joint_steps=(20, 50, 100),
+        nested_steps=(2, 10, 30),
+        test_images=256,
+        log_every=100,
+        checkpoint_every=2000,
     ),
 }
