@@ -86,7 +86,11 @@ class Prior(NamedTuple):
         Of a single standard normal distribution it is `||u||^2`.
         """
         log_weights, means, roots = self.components
-        whitened = jnp.einsum("bkd,kde->bke", u[:, None] - means, roots)
+        slots, dimension = means.shape
+        # One product for all components: a batch of small ones takes twice as long on a CPU.
+        together = u @ jnp.swapaxes(roots, 0, 1).reshape(dimension, -1)
+        centres = jnp.einsum("kd,kde->ke", means, roots)
+        whitened = together.reshape(-1, slots, dimension) - centres
         exponents = log_weights - jnp.sum(whitened**2, axis=-1) / 2
         return -2 * jax.scipy.special.logsumexp(exponents, axis=-1)
 
