@@ -20,7 +20,19 @@ from experiments.generative.config import PRESETS
 from experiments.generative.problem import build_generator
 from experiments.generative.train import training_loss
 
-_SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "faces": (48, 40, 1)}
+_MULTISCALE = replace(
+    PRESETS["faces"],
+    generator="multiscale",
+    channels=(8, 16, 32),
+    batch_size=16,
+    jacobian_weight=500.0,
+)
+CASES = {
+    "digits": (PRESETS["digits"], (8, 8, 1)),
+    "mnist": (PRESETS["mnist"], (28, 28, 1)),
+    "multiscale": (_MULTISCALE, (48, 40, 1)),
+}
+"""Settings and shape of the images of each case."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +41,26 @@ class Options:
 
     Attributes:
         output: JSON file to write.
-        presets: Presets of the generative task.
+        cases: Presets of the generative task, and its convolutional generator at a CPU's size.
     """
 
     output: Path
-    presets: tuple[str, ...] = tuple(_SHAPES)
+    cases: tuple[str, ...] = tuple(CASES)
 
 
 def main(options: Options) -> None:
-    """Print and write the temporary memory of each preset's step, in bytes."""
-    rows = {preset: [temporary(preset, steps) for steps in (20, 200)] for preset in options.presets}
-    for preset, (short, long) in rows.items():
-        print(f"{preset:8s} {short:12,} bytes at 20 iterations, {long:12,} at 200")
+    """Print and write the temporary memory of each case's step, in bytes."""
+    rows = {case: [temporary(case, steps) for steps in (20, 200)] for case in options.cases}
+    for case, (short, long) in rows.items():
+        print(f"{case:10s} {short:12,} bytes at 20 iterations, {long:12,} at 200")
     result = {"jax": jax.__version__, "jdeq": jdeq.__version__, "device": str(jax.devices()[0])}
     options.output.write_text(json.dumps({**result, "bytes": rows}, indent=2) + "\n")
 
 
-def temporary(preset: str, inner_steps: int) -> int:
+def temporary(case: str, inner_steps: int) -> int:
     """Bytes that the compiled gradient needs besides its arguments and results."""
-    config = replace(PRESETS[preset], inner_steps=inner_steps)
-    shape = _SHAPES[preset]
+    settings, shape = CASES[case]
+    config = replace(settings, inner_steps=inner_steps)
     generator, params = build_generator(config, shape, seed=0)
 
     def gradient(params, images, keys):
