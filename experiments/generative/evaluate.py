@@ -140,12 +140,14 @@ def _reconstruct(
     searched = infer(generator, vae_params.generator, data.test.in_batches(size), config)
     nested, nested_params, nested_seconds = load_nested(config, run, data.shape)
     by_nested = nested_error(nested, nested_params, data.test, config)
+    # From first to last: where images are sorted by person, the first are all of one.
+    shown = np.linspace(0, len(images) - 1, min(figures.SHOWN, len(images))).astype(int)
     plots.image_rows(
         run.figures / "reconstructions.png",
         {
-            "test image": images[: figures.SHOWN],
-            "joint": test.images[: figures.SHOWN],
-            "autoencoder": encoded[: figures.SHOWN],
+            "test image": images[shown],
+            "joint": test.images[shown],
+            "autoencoder": encoded[shown],
         },
         f"{data.name}: reconstructions from {config.latent_dim} numbers",
     )
