@@ -7,12 +7,14 @@ then filled with what no image has.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 _LEAST_VARIANCE = 1e-4  # of a latent's principal component, relative to the mean of all
@@ -107,7 +109,11 @@ def _fitted(u: np.ndarray, components: int, slots: int) -> Components:
     """A mixture of u; slots that are left over are empty."""
     mixture = GaussianMixture(
         components, reg_covar=_COMPONENT_VARIANCE, max_iter=_EM_STEPS, random_state=_SEED
-    ).fit(u)
+    )
+    with warnings.catch_warnings():
+        # That the likelihood still rises a little after these steps changes no restoration.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(u)
     roots = mixture.precisions_cholesky_
     volumes = np.log(np.diagonal(roots, axis1=1, axis2=2)).sum(axis=1)
     empty = slots - components
