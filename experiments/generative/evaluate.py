@@ -159,7 +159,7 @@ def _reconstruct(
         "psnr_vae_searched": psnr(float(searched.squared_error.mean()) / pixels),
         "psnr_nested": psnr(float(by_nested.mean()) / pixels),
         "psnr_pca": psnr(pca_error(data.train, data.test, config.latent_dim)),
-        **_pca_augmented(config, run, data),
+        **pca_of_copies(config, run, data),
         "seconds_train_vae": vae_seconds,
         "seconds_train_nested": nested_seconds,
         "kkt_state": residual["state"],
@@ -168,7 +168,7 @@ def _reconstruct(
     }
 
 
-def _pca_augmented(config: Config, run: RunDirectory, data: ImageData) -> Summary:
+def pca_of_copies(config: Config, run: RunDirectory, data: ImageData) -> Summary:
     """Principal components of training images and transformed copies, if the training has these."""
     if not augments(config):
         return {}

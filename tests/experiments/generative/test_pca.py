@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from experiments.common.data import ArrayImages, Split, load_images
+from experiments.common.data import ArrayImages, ImageData, Split, load_images
 from experiments.common.metrics import psnr
 from experiments.generative import pca
+from experiments.generative.config import PRESETS
+from experiments.generative.evaluate import pca_of_copies
 
 
 def expected_error(train, test, components):
@@ -37,3 +42,15 @@ def test_images_too_many_for_memory_are_fitted_in_chunks(monkeypatch):
 def test_more_components_than_images_leave_no_training_error():
     images = Split(ArrayImages(np.random.default_rng(0).random((5, 4, 4, 1), np.float32)))
     assert pca.pca_error(images, images, 32) < 1e-10
+
+
+def test_components_of_transformed_copies_are_reported_where_the_training_has_such():
+    images = np.random.default_rng(0).random((5, 4, 4, 1), np.float32)
+    train, test = Split(ArrayImages(images)), Split(ArrayImages(images[:, :, ::-1]))
+    data = ImageData("squares", train, test)
+    run = SimpleNamespace(record=SimpleNamespace(seed=0))
+    config = replace(PRESETS["smoke"], latent_dim=10)
+    assert pca_of_copies(config, run, data) == {}
+    found = pca_of_copies(replace(config, augment_flip=True), run, data)
+    assert psnr(pca.pca_error(train, test, 10)) < 20  # mirrored images are not among these
+    assert found["psnr_pca_augmented"] > 60
