@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
+from experiments.common.data import ArrayImages, ImageData, Split
 from experiments.common.step import split_each
 from experiments.generative.config import PRESETS as GENERATIVE
+from experiments.inverse import tuning
 from experiments.inverse.config import PRESETS
 from experiments.inverse.evaluate import _within
 from experiments.inverse.measurements import KINDS, corrupt, setting
@@ -20,7 +22,7 @@ from experiments.inverse.problem import inverse_problem
 from experiments.inverse.solvers import Batch, Method, Restored, Solver
 from experiments.inverse.source import Source
 from experiments.inverse.train import task_loss
-from experiments.inverse.tuning import Belief, Choice, batch_of, shortest
+from experiments.inverse.tuning import Belief, Choice, batch_of, choose_beliefs, shortest
 from tests.experiments.inverse.linear import PRIOR, SHAPE, image_of, images, latents, linear
 
 
@@ -151,6 +153,28 @@ def test_errors_are_of_the_hidden_pixels_where_there_are_any():
 def test_observations_are_the_same_whenever_they_are_asked_for():
     one, other = (batch_of("denoise04", images()) for _ in range(2))
     np.testing.assert_array_equal(one.observed, other.observed)
+
+
+def test_the_prior_that_restores_best_is_chosen_for_each_problem(monkeypatch):
+    fitting = {name: KINDS[name] for name in ("denoise02", "denoise04", "inpaint")}
+    monkeypatch.setattr(tuning, "KINDS", fitting)  # these images have three columns
+    generator, params = linear()
+    u = np.concatenate([np.full((8, 3), 1.5), np.full((8, 3), -1.5)])
+    u += 0.05 * np.random.default_rng(2).normal(size=u.shape)
+    x = np.asarray(PRIOR.centre) + u @ np.asarray(PRIOR.factor).T
+    clean = np.stack([image_of(one) for one in x]).reshape(-1, *SHAPE).clip(0, 1)
+    clean = clean.astype(np.float32)[np.random.default_rng(3).permutation(len(clean))]
+    data = ImageData("clusters", train=None, test=Split(ArrayImages(clean)))
+    config = replace(
+        PRESETS["smoke"], test_images=8, validation_images=8, penalties=(1.0,), joint_steps=(60,)
+    )
+    source = Source(data, generator, GENERATIVE["smoke"], params.generator, None)
+    fits, misleads = Prior.of(x, 2), Prior.of(x + 3, 2)
+    for priors, best in (([misleads, fits], fits), ([fits, misleads], fits)):
+        found = choose_beliefs(source, params.generator, priors, config, Solver(generator))
+        assert set(found) == set(fitting)
+        assert all(belief.prior is best for belief in found.values())
+        assert all(belief.penalty > 0 for belief in found.values())
 
 
 def test_the_shortest_solve_that_is_good_enough_is_chosen():
