@@ -217,6 +217,10 @@ PRESETS = {
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset faces
+    # Nine minutes on one CPU core that other work shared: 23.6 dB on people never seen in training,
+    # where the autoencoder has 21.7, nested training 23.4, PCA 22.3 (on transformed images 23.6).
+    # A multiscale generator of 8, 16 and 32 channels is out of reach: its autoencoder had not made
+    # ten steps, compilation included, in the time in which the dense one's makes 5,000.
     "faces": Config(
         dataset="faces",
         image_size=(48, 40),
