@@ -248,6 +248,8 @@ PRESETS = {
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset cifar10
+    # 29 minutes on half a CPU core or less: 20.7 dB, as PCA; the autoencoder has 19.5, nested training
+    # 19.8. The joint solve of the trained model is not solved in 300 iterations (stationarity 0.015).
     "cifar10": Config(
         dataset="cifar10",
         image_size=None,
@@ -263,7 +265,6 @@ PRESETS = {
         vae_steps=4000,
         nested_steps=600,
         nested_inner_steps=40,
-        evaluation_steps=120,
         evaluation_nested_steps=40,
         mixture_images=1024,
         speed_problems=64,

@@ -100,6 +100,9 @@ PRESETS = {
         _DIGITS, generator="mnist", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
     ),
     # python -m experiments.inverse --preset faces
+    # 11 to 16 minutes on half a CPU core or less, without the generator's training. Noise of 0.4 is
+    # restored to 21.5 dB, of 0.2 to 22.8, where total variation has 20.4 and 22.9; the hidden box
+    # to 20.8 dB, where the autoencoder has 20.9.
     "faces": replace(
         _DIGITS,
         generator="faces",
