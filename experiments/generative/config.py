@@ -248,8 +248,9 @@ PRESETS = {
         checkpoint_every=500,
     ),
     # python -m experiments.generative --preset cifar10
-    # 29 minutes on half a CPU core or less: 20.7 dB, as PCA; the autoencoder has 19.5, nested training
-    # 19.8. The joint solve of the trained model is not solved in 300 iterations (stationarity 0.015).
+    # 29 minutes on half a CPU core or less: 20.7 dB, as PCA, where the autoencoder has 19.5 and
+    # nested training 19.8. 300 iterations do not solve the trained model's inner problems
+    # (stationarity 0.015).
     "cifar10": Config(
         dataset="cifar10",
         image_size=None,
