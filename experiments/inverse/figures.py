@@ -24,12 +24,15 @@ _LABELS = {
 
 def restorations(path: Path, kind: Kind, batch: Batch, restored: Mapping[str, Restored]) -> None:
     """Originals, what was observed, and what each method made of it; the whole in rows."""
-    observed = np.clip(np.asarray(batch.observed)[:_SHOWN], 0, 1)
-    seen = np.asarray(batch.how.mask)[:_SHOWN] > 0
+    count = len(batch.clean)
+    # From first to last: where images are sorted by class, the first would be of a few classes.
+    shown = np.linspace(0, count - 1, min(_SHOWN, count)).astype(int)
+    observed = np.clip(np.asarray(batch.observed)[shown], 0, 1)
+    seen = np.asarray(batch.how.mask)[shown] > 0
     if not seen.all():
         observed = np.where(seen, observed, np.array(_HIDDEN))
-    rows = {"original": batch.clean[:_SHOWN], "observed": observed}
-    rows |= {label: restored[name].images[:_SHOWN] for name, label in _LABELS.items()}
+    rows = {"original": batch.clean[shown], "observed": observed}
+    rows |= {label: restored[name].images[shown] for name, label in _LABELS.items()}
     plots.image_rows(path, rows, kind.label)
 
 
