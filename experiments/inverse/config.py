@@ -95,8 +95,8 @@ PRESETS = {
     # The same with the published gradient of training, to which the latents are constants.
     "digits-state": replace(_DIGITS, outer_gradient="state"),
     # python -m experiments.inverse --preset mnist
-    # Half an hour of one CPU core: 24.5 dB at noise 0.2 where the autoencoder's decoder has 22.8, 20.3
-    # at 0.4 (20.4), 12.9 dB in the hidden box (13.4).
+    # Half an hour of one CPU core: 24.5 dB at noise 0.2, where the autoencoder's decoder has 22.8,
+    # 20.3 at 0.4 (20.4), 12.9 dB in the hidden box (13.4).
     "mnist": replace(
         _DIGITS, generator="mnist", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
     ),
