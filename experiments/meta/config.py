@@ -129,8 +129,7 @@ _SINUSOID = Config(
 
 PRESETS: dict[str, Config] = {
     # python -m experiments.meta --preset smoke
-    # Shows in 70 to 81 s on 2 CPU cores, most of which compile, that everything works; its numbers
-    # mean nothing.
+    # Shows within a minute on 2 CPU cores that everything works; its numbers mean nothing.
     "smoke": Config(
         dataset="digits",
         network="dense",
