@@ -1,11 +1,13 @@
-"""What a joint iteration costs beyond its useful work, at the published MNIST classifier's size.
+"""What a joint iteration costs beyond its useful work, at the published sizes.
 
     python -m experiments.benchmarks.joint_overhead --output overhead.json
+    python -m experiments.benchmarks.joint_overhead --case celeba --batch 4 --output overhead.json
 
 The useful work of an iteration is one evaluation of the cell, its vector-Jacobian product in z and
-x, and value and gradient of the head's loss. It is timed in a bare loop that does nothing else, in
-turns with joint solves of the same problem. The cost of one iteration is the difference of a long
-and a short run over the difference of their iterations, so that entering a program does not count.
+x, and value and gradient of the objective in z. It is timed in a bare loop that does nothing else,
+in turns with joint solves of the same problem. The cost of one iteration is the difference of a
+long and a short run over the difference of their iterations, so that entering a program does not
+count.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,29 @@ from flax import nnx
 from jax import Array, lax
 
 import jdeq
-from experiments.adversarial.model import PRESETS, Classifier
+from experiments.adversarial import model
+from experiments.generative import config as generative
+from experiments.generative.problem import build_generator
 
 PyTree = Any
+
+
+METHODS: dict[str, Any] = {
+    "Descent": jdeq.joint.Descent(step_size=0.01),
+    "Polished": jdeq.joint.Polished(),
+    "Accelerated, window 20": jdeq.joint.Accelerated(step_size=0.2),
+}
+
+
+class Case(NamedTuple):
+    """An input problem with its arguments, see `jdeq.joint_solve`."""
+
+    problem: jdeq.InputProblem
+    params: PyTree
+    target: Array
+    x0: Array
+    z0: PyTree
+    data: PyTree = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +60,18 @@ class Options:
 
     Attributes:
         output: JSON file to write.
+        case: The MNIST classifier under attack, or the CelebA generator.
         batch: Images a batch.
+        methods: Which methods.
         short: Iterations of the short run.
         long: Iterations of the long run.
         repeats: Rounds; each times every contestant once.
     """
 
     output: Path
+    case: Literal["mnist", "celeba"] = "mnist"
     batch: int = 48
+    methods: tuple[str, ...] = tuple(METHODS)
     short: int = 4
     long: int = 24
     repeats: int = 7
@@ -75,12 +101,45 @@ def seconds(run: Callable[[Array], PyTree], iterations: int) -> float:
 
 def build(options: Options) -> dict[str, Callable[[Array], PyTree]]:
     """The bare loop and the joint solves, each a function of the number of iterations."""
-    model = Classifier(PRESETS["mnist-published"], rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model)
-    images = jax.random.uniform(jax.random.key(0), (options.batch, 28, 28, 1))
-    labels = jnp.arange(options.batch) % 10
-    z0 = model.initial_state(options.batch)
-    x0 = jnp.zeros_like(images)
+    case = {"mnist": mnist, "celeba": celeba}[options.case](options.batch)
+
+    def joint(method: Any) -> Callable[[Array], PyTree]:
+        return lambda budget: jdeq.joint_solve(
+            *case[:5], data=case.data, method=method,
+            rtol=0.0, atol=0.0, max_steps=options.long, step_budget=budget,
+        ).value  # fmt: skip
+
+    return {"useful work": bare(case)} | {name: joint(METHODS[name]) for name in options.methods}
+
+
+def bare(case: Case) -> Callable[[Array], PyTree]:
+    """The useful work of some iterations, in a loop that does nothing else."""
+    problem, params, target, x0, z0, data = case
+    rest = () if data is None else (data,)
+
+    @jax.jit
+    def run(iterations: Array) -> PyTree:
+        def useful(k: Array, carry: tuple[PyTree, Array, PyTree]) -> tuple[PyTree, Array, PyTree]:
+            del k
+            z, x, mu = carry
+            fz, pull_back = jax.vjp(lambda z, x: problem.cell(params, z, x, *rest), z, x)
+            _, loss_z = jax.value_and_grad(
+                lambda z: jnp.sum(problem.objective(params, z, x, target, *rest))
+            )(z)
+            cell_z, cell_x = pull_back(mu)
+            # The sums make every result count, so that none is left out of the compiled loop.
+            return fz, cell_x, jax.tree.map(jnp.add, cell_z, loss_z)
+
+        return lax.fori_loop(0, iterations, useful, (z0, x0, z0))
+
+    return run
+
+
+def mnist(batch: int) -> Case:
+    """The published MNIST classifier, untrained, and perturbations in an l2 ball."""
+    network = model.Classifier(model.PRESETS["mnist-published"], rngs=nnx.Rngs(0))
+    graph, params = nnx.split(network)
+    images = jax.random.uniform(jax.random.key(0), (batch, 28, 28, 1))
 
     def cell(params: PyTree, z: PyTree, x: Array, images: Array) -> PyTree:
         return nnx.merge(graph, params).cell(z, images + x)
@@ -95,34 +154,16 @@ def build(options: Options) -> dict[str, Callable[[Array], PyTree]]:
         return jdeq.projections.l2_ball(x, jnp.ones(len(x)))
 
     problem = jdeq.InputProblem(cell, objective, project)
+    labels, z0 = jnp.arange(batch) % 10, network.initial_state(batch)
+    return Case(problem, params, labels, jnp.zeros_like(images), z0, images)
 
-    @jax.jit
-    def bare(iterations: Array) -> PyTree:
-        def useful(k: Array, carry: tuple[PyTree, Array, PyTree]) -> tuple[PyTree, Array, PyTree]:
-            del k
-            z, x, mu = carry
-            fz, pull_back = jax.vjp(lambda z, x: cell(params, z, x, images), z, x)
-            _, loss_z = jax.value_and_grad(
-                lambda z: jnp.sum(objective(params, z, x, labels, images))
-            )(z)
-            cell_z, cell_x = pull_back(mu)
-            # The sums make every result count, so that none is left out of the compiled loop.
-            return fz, cell_x, jax.tree.map(jnp.add, cell_z, loss_z)
 
-        return lax.fori_loop(0, iterations, useful, (z0, x0, z0))
-
-    def joint(method: Any) -> Callable[[Array], PyTree]:
-        return lambda budget: jdeq.joint_solve(
-            problem, params, labels, x0, z0, data=images, method=method,
-            rtol=0.0, atol=0.0, max_steps=options.long, step_budget=budget,
-        ).value  # fmt: skip
-
-    return {
-        "useful work": bare,
-        "Descent": joint(jdeq.joint.Descent(step_size=0.01)),
-        "Polished": joint(jdeq.joint.Polished()),
-        "Accelerated, window 20": joint(jdeq.joint.Accelerated(step_size=0.2)),
-    }
+def celeba(batch: int) -> Case:
+    """The published CelebA generator, untrained, and latents of random images."""
+    shape = (64, 64, 3)
+    generator, params = build_generator(generative.PRESETS["celeba-published"], shape, seed=0)
+    images = jax.random.uniform(jax.random.key(0), (batch, *shape))
+    return Case(generator.problem, params, images, *generator.start(params, batch))
 
 
 def report(samples: dict[str, list[float]], options: Options) -> None:
@@ -140,6 +181,7 @@ def report(samples: dict[str, list[float]], options: Options) -> None:
         low, middle, high = (rows[name][f"ratio_{k}"] for k in ("min", "median", "max"))
         print(f"{name:24s} {middle:.2f} times the useful work ({low:.2f} to {high:.2f})")
     result = {
+        "case": options.case,
         "batch": options.batch,
         "iterations": [options.short, options.long],
         "repeats": options.repeats,
