@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,28 +30,18 @@ from jax import Array, lax
 
 import jdeq
 from experiments.adversarial import model
+from experiments.common.speed import Problems
 from experiments.generative import config as generative
 from experiments.generative.problem import build_generator
 
 PyTree = Any
-
 
 METHODS: dict[str, Any] = {
     "Descent": jdeq.joint.Descent(step_size=0.01),
     "Polished": jdeq.joint.Polished(),
     "Accelerated, window 20": jdeq.joint.Accelerated(step_size=0.2),
 }
-
-
-class Case(NamedTuple):
-    """An input problem with its arguments, see `jdeq.joint_solve`."""
-
-    problem: jdeq.InputProblem
-    params: PyTree
-    target: Array
-    x0: Array
-    z0: PyTree
-    data: PyTree = None
+"""What is timed against the useful work, by the name that reports give it."""
 
 
 @dataclass(frozen=True)
@@ -101,41 +91,41 @@ def seconds(run: Callable[[Array], PyTree], iterations: int) -> float:
 
 def build(options: Options) -> dict[str, Callable[[Array], PyTree]]:
     """The bare loop and the joint solves, each a function of the number of iterations."""
-    case = {"mnist": mnist, "celeba": celeba}[options.case](options.batch)
+    problem, at = {"mnist": mnist, "celeba": celeba}[options.case](options.batch)
 
     def joint(method: Any) -> Callable[[Array], PyTree]:
         return lambda budget: jdeq.joint_solve(
-            *case[:5], data=case.data, method=method,
+            problem, at.params, at.target, at.x0, at.z0, data=at.data, method=method,
             rtol=0.0, atol=0.0, max_steps=options.long, step_budget=budget,
         ).value  # fmt: skip
 
-    return {"useful work": bare(case)} | {name: joint(METHODS[name]) for name in options.methods}
+    useful = bare(problem, at)
+    return {"useful work": useful} | {name: joint(METHODS[name]) for name in options.methods}
 
 
-def bare(case: Case) -> Callable[[Array], PyTree]:
+def bare(problem: jdeq.InputProblem, at: Problems) -> Callable[[Array], PyTree]:
     """The useful work of some iterations, in a loop that does nothing else."""
-    problem, params, target, x0, z0, data = case
-    rest = () if data is None else (data,)
+    rest = () if at.data is None else (at.data,)
 
     @jax.jit
     def run(iterations: Array) -> PyTree:
         def useful(k: Array, carry: tuple[PyTree, Array, PyTree]) -> tuple[PyTree, Array, PyTree]:
             del k
             z, x, mu = carry
-            fz, pull_back = jax.vjp(lambda z, x: problem.cell(params, z, x, *rest), z, x)
+            fz, pull_back = jax.vjp(lambda z, x: problem.cell(at.params, z, x, *rest), z, x)
             _, loss_z = jax.value_and_grad(
-                lambda z: jnp.sum(problem.objective(params, z, x, target, *rest))
+                lambda z: jnp.sum(problem.objective(at.params, z, x, at.target, *rest))
             )(z)
             cell_z, cell_x = pull_back(mu)
             # The sums make every result count, so that none is left out of the compiled loop.
             return fz, cell_x, jax.tree.map(jnp.add, cell_z, loss_z)
 
-        return lax.fori_loop(0, iterations, useful, (z0, x0, z0))
+        return lax.fori_loop(0, iterations, useful, (at.z0, at.x0, at.z0))
 
     return run
 
 
-def mnist(batch: int) -> Case:
+def mnist(batch: int) -> tuple[jdeq.InputProblem, Problems]:
     """The published MNIST classifier, untrained, and perturbations in an l2 ball."""
     network = model.Classifier(model.PRESETS["mnist-published"], rngs=nnx.Rngs(0))
     graph, params = nnx.split(network)
@@ -155,15 +145,15 @@ def mnist(batch: int) -> Case:
 
     problem = jdeq.InputProblem(cell, objective, project)
     labels, z0 = jnp.arange(batch) % 10, network.initial_state(batch)
-    return Case(problem, params, labels, jnp.zeros_like(images), z0, images)
+    return problem, Problems(params, labels, jnp.zeros_like(images), z0, images)
 
 
-def celeba(batch: int) -> Case:
+def celeba(batch: int) -> tuple[jdeq.InputProblem, Problems]:
     """The published CelebA generator, untrained, and latents of random images."""
     shape = (64, 64, 3)
     generator, params = build_generator(generative.PRESETS["celeba-published"], shape, seed=0)
     images = jax.random.uniform(jax.random.key(0), (batch, *shape))
-    return Case(generator.problem, params, images, *generator.start(params, batch))
+    return generator.problem, Problems(params, images, *generator.start(params, batch))
 
 
 def report(samples: dict[str, list[float]], options: Options) -> None:

@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal
 from experiments.common.data import ArrayImages, ImageData, Split
 from experiments.common.step import split_each
 from experiments.generative.config import PRESETS as GENERATIVE
-from experiments.inverse import tuning
+from experiments.inverse import train, tuning
 from experiments.inverse.config import PRESETS
 from experiments.inverse.evaluate import _within
 from experiments.inverse.measurements import KINDS, corrupt, setting
@@ -124,6 +124,26 @@ def test_the_unrolled_gradient_of_the_task_is_exact_for_the_iterations_that_are_
 
         difference = (along(1e-5) - along(-1e-5)) / 2e-5
     assert float(slope) == pytest.approx(float(difference), rel=1e-6)
+
+
+def test_training_for_the_task_takes_transformed_images(monkeypatch):
+    _, params = linear()
+    clean, keys = jnp.asarray(images(4)), jax.random.split(jax.random.key(3), 4)
+    plain = task_of(params.generator, keys, clean)(params.generator)[1].means["loss"]
+    monkeypatch.setattr(train, "augmented", lambda config, images, keys: (1 - images, keys))
+    other = task_of(params.generator, keys, clean)(params.generator)[1].means["loss"]
+    monkeypatch.undo()
+    negative = task_of(params.generator, keys, 1 - clean)(params.generator)[1].means["loss"]
+    assert other == pytest.approx(float(negative), rel=1e-6)
+    assert other != pytest.approx(float(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_a_generator_and_list_lengths_and_rates_in_order(name):
+    config = PRESETS[name]
+    assert config.generator in GENERATIVE
+    assert config.rates == tuple(sorted(config.rates))  # the middle one tunes the priors
+    assert config.nested_steps == tuple(sorted(config.nested_steps))  # the last is the longest
 
 
 def test_joint_and_nested_find_the_minimum_at_any_rate_and_are_timed():
