@@ -2,7 +2,7 @@
 
 run = open_run(Path("runs/inverse/digits-..."), "inverse")
 source = load_source(run.record.settings_as(Config), run, None)
-params = Parameters(source.joint, source.prior(2048))
+params = Parameters(source.joint, source.prior(2048, components=5))
 restored = restore(source.generator, params, images, mask=lambda images: images > 0)
 """
 
