@@ -99,14 +99,17 @@ def nested_solve(
         rtol: KKT tolerance, as for ``joint_solve``.
         atol: KKT tolerance, as for ``joint_solve``.
         max_steps: steps on x, at least 1.
-        step_budget: further limit on them that may be traced.
+        step_budget: further limit on them that may be traced; the optimiser's schedule is its own.
         history: as for ``joint_solve``, one row a step on x.
         compaction: as for ``joint_solve``, between steps on x.
         patience: as for ``joint_solve``, in steps on x.
 
     Returns:
         A ``Solution`` as ``joint_solve`` returns it. ``steps`` counts evaluations of the cell and
-        vector-Jacobian products of it, those of the inner solves included.
+        vector-Jacobian products of it, those of the inner solves included. Iterates are compared,
+        and ``history.merit`` is, by ``l + mu . (f - z)``: the objective at the equilibrium of x up
+        to the squared error of the inner solves. ``aux.objective`` is ``l`` at the returned
+        ``(z, x)``.
 
     Raises:
         TypeError: as ``joint_solve``.
@@ -193,7 +196,7 @@ class NestedRun:
         memory = _Memory(
             jax.vmap(self.method.optimizer.init)(start.x), objective_zeros(self.pure, given, start)
         )
-        solution, final = iterate(
+        solution, _ = iterate(
             prepare,
             (given.target, given.rest, start),
             start,
@@ -204,7 +207,9 @@ class NestedRun:
             patience=self.loop.patience,
             compaction=self.loop.compaction,
         )
-        return dataclasses.replace(solution, aux=JointAux(final.merit))
+        at = solution.value
+        objective = self.pure.objective(given.theta, at.z, at.x, given.target, given.rest)
+        return dataclasses.replace(solution, aux=JointAux(objective))
 
     def _step(self, given: Given, start: AugmentedState, controls: Controls) -> Step:
         """The nested iteration of the problems that ``given`` holds."""
@@ -220,7 +225,7 @@ class NestedRun:
             report = Report(
                 residual=residual,
                 converged=augmented.meets_tolerance(residual, evaluation, controls),
-                merit=evaluation.objective,
+                merit=evaluation.objective + _state_error(state, evaluation),
                 guard=None,
                 size=augmented.size(residual, evaluation),
                 evaluations=spent + 1,
@@ -257,3 +262,12 @@ class NestedRun:
         mu0 = state.mu if backward.warm_start else start.mu
         adjoint = adjoint_map.run(theta, inputs, mu0, Controls(backward.rtol, 0.0))
         return AugmentedState(z, state.x, adjoint.value), inner.steps + adjoint.steps
+
+
+def _state_error(state: AugmentedState, evaluation: augmented.Evaluation) -> Array:
+    """What the objective lacks because ``z`` is no equilibrium, to first order: ``[B]``.
+
+    ``mu . (f(z, x) - z)``. Inner solves stop at a tolerance; of iterates that differ by less than
+    that costs, the objective at ``z`` itself would choose one whose error happens to flatter it.
+    """
+    return _tree.dot(state.mu, _tree.subtract(evaluation.state, state.z))

@@ -52,6 +52,35 @@ def test_takes_the_steps_of_gradient_descent_on_the_reduced_objective():
         x = x - 0.2 * ((x @ R.T - o.target) @ R + problems.WEIGHT * x)
 
 
+def test_loose_inner_solves_are_compared_to_second_order_of_their_error():
+    """By the objective at the states as they are, an input is taken whose state flatters it."""
+    o = problems.optimum()
+    loose = InnerSolve(solver=Picard(), max_steps=200, rtol=0.01)
+    s = jdeq.nested_solve(
+        *o.arguments,
+        optimizer=SGD,
+        forward=loose,
+        rtol=0.0,
+        max_steps=60,
+        history=lambda state: (state.x, state.z),
+    )
+    R = np.linalg.solve(np.eye(problems.N) - o.params["W"], o.params["U"])
+
+    def objective(x, z):
+        return 0.5 * (((z - o.target) ** 2).sum(-1) + problems.WEIGHT * (x**2).sum(-1))
+
+    xs, zs = (np.asarray(block) for block in s.history.record)
+    exact = objective(xs, xs @ R.T)
+    off, merit_off = (
+        np.abs(each / exact - 1).max(axis=0) for each in (objective(xs, zs), s.history.merit)
+    )
+    assert np.all(off > 2e-3)
+    assert np.all(merit_off < 0.1 * off)
+    z, x, _ = (np.asarray(block) for block in s.value)
+    np.testing.assert_allclose(objective(x, x @ R.T), exact.min(axis=0), rtol=5e-5)
+    np.testing.assert_allclose(s.aux.objective, objective(x, z), rtol=1e-12)
+
+
 def test_published_setting_counts_every_evaluation():
     """Cold solves that never stop early: 18 forward, 18 backward, and one more, a step."""
     o = problems.optimum()
