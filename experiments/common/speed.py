@@ -102,7 +102,11 @@ class Candidate:
 def joint_candidate(
     name: str, method: Any, steps: int, rates: tuple[float, ...] = (1.0,)
 ) -> Candidate:
-    """The joint solve with a method of `jdeq.joint`; its first step is the rate."""
+    """The joint solve with a method of `jdeq.joint`; its first step is the rate.
+
+    Iterations have to cost what they do whatever the step budget, and so schedules that span it
+    are welcome, phases that do are not (`Polished`).
+    """
 
     def solve(problem: jdeq.InputProblem, at: Problems, budget: Array) -> jdeq.Solution:
         return jdeq.joint_solve(

@@ -57,7 +57,7 @@ class Accelerated:
         _options.check_fraction("Accelerated", "adjoint_relaxation", self.adjoint_relaxation)
         _options.check_switch("Accelerated", "normalize", self.normalize)
 
-    def init(self, state: AugmentedState, max_steps: int) -> PyTree:
+    def init(self, state: AugmentedState, max_steps: int | Array) -> PyTree:
         """The solver's memory for augmented states."""
         del max_steps
         return self.solver.init(state)

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jdeq import _options, _tree
 from jdeq.joint.augmented import AugmentedState, Evaluation, KKTResidual
@@ -38,7 +40,8 @@ class Descent:
 
     Attributes:
         optimizer: any optax transformation whose updates are added to x. None is Adam, whose steps
-            do not depend on the units of the objective, decayed by a cosine over ``max_steps``.
+            do not depend on the units of the objective, decayed by a cosine over ``max_steps``, or
+            over ``step_budget`` where that is less.
             optax transformations compare by identity: build one once and reuse it, or every eager
             call compiles anew.
         step_size: first step of the default Adam, in units of an entry of x; unused, and refused,
@@ -71,14 +74,14 @@ class Descent:
         elif self.step_size is not None:
             _options.check_positive("Descent", "step_size", self.step_size)
 
-    def transformation(self, max_steps: int) -> optax.GradientTransformation:
-        """The optimiser in use, its schedule spanning ``max_steps``."""
+    def transformation(self, max_steps: int | Array) -> optax.GradientTransformation:
+        """The optimiser in use, its schedule spanning ``max_steps``, which may be traced."""
         if self.optimizer is not None:
             return self.optimizer
         first = 0.1 if self.step_size is None else self.step_size
-        return optax.adam(optax.cosine_decay_schedule(first, max_steps, _LAST_STEP), **_ADAM)
+        return optax.adam(_cosine(first, max_steps), **_ADAM)
 
-    def init(self, state: AugmentedState, max_steps: int) -> PyTree:
+    def init(self, state: AugmentedState, max_steps: int | Array) -> PyTree:
         """The optimiser's state, one a problem."""
         return jax.vmap(self.transformation(max_steps).init)(state.x)
 
@@ -112,6 +115,17 @@ class Descent:
         last = _tree.subtract(state.mu, evaluation.slope)
         pulled = _tree.relax(last, evaluation.pulled, self.adjoint_relaxation)
         return AugmentedState(self.ahead(state.z, evaluation.state), x, pulled)
+
+
+def _cosine(first: float, steps: int | Array) -> optax.Schedule:
+    """``optax.cosine_decay_schedule(first, steps, _LAST_STEP)``, which refuses traced ``steps``."""
+
+    def schedule(count: Array) -> Array:
+        end = jnp.asarray(steps, float)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count, end) / end))
+        return first * ((1 - _LAST_STEP) * cosine + _LAST_STEP)
+
+    return schedule
 
 
 def check_optimizer(owner: str, optimizer: Any) -> None:

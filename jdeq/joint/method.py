@@ -17,14 +17,15 @@ class Context(NamedTuple):
 
     Attributes:
         k: number of the step, int32 scalar, from 0.
-        max_steps: the static step limit, which decaying schedules span.
+        max_steps: the step limit in force, which decaying schedules span: ``max_steps`` of the
+            solve, or the traced smaller one of it and ``step_budget`` where that is given.
         first_objective: objective at the start, ``[B]``.
         project: ``project(x) -> x`` on the constraint set of the batch at hand.
         constrained: whether there is a constraint at all.
     """
 
     k: Array
-    max_steps: int
+    max_steps: int | Array
     first_objective: Array
     project: Callable[[PyTree], PyTree]
     constrained: bool
@@ -51,8 +52,8 @@ class JointMethod(Protocol):
     treats problems independently, and returns feasible inputs only.
     """
 
-    def init(self, state: AugmentedState, max_steps: int) -> PyTree:
-        """Returns the method's memory for states like ``state``."""
+    def init(self, state: AugmentedState, max_steps: int | Array) -> PyTree:
+        """The method's memory for states like ``state``, ``max_steps`` as in ``Context``."""
         ...
 
     def step(

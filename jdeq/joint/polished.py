@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -90,7 +91,8 @@ class Polished:
 
     Attributes:
         descent: the first phase.
-        descent_share: share of ``max_steps`` that descent gets, in (0, 1].
+        descent_share: share of ``max_steps`` that descent gets, or of ``step_budget`` where that
+            is less, in (0, 1].
         window: number of L-BFGS pairs, at least 1.
 
     Raises:
@@ -109,8 +111,12 @@ class Polished:
         _options.check_fraction("Polished", "descent_share", self.descent_share)
         _options.check_count("Polished", "window", self.window)
 
-    def _switch(self, max_steps: int) -> int:
-        return max(1, round(self.descent_share * max_steps))
+    def _switch(self, max_steps: int | Array) -> int | Array:
+        # In one precision, so that a budget switches where the same limit does.
+        share = np.float32(self.descent_share)
+        if isinstance(max_steps, int):
+            return max(1, round(float(share * np.float32(max_steps))))
+        return jnp.maximum(1, jnp.round(share * max_steps.astype(share.dtype)).astype(jnp.int32))
 
     def _lbfgs(self) -> optax.GradientTransformation:
         return optax.scale_by_lbfgs(memory_size=self.window)
@@ -119,7 +125,7 @@ class Polished:
         """Where the descent's state goes next."""
         return self.descent.ahead(z, fz)
 
-    def init(self, state: AugmentedState, max_steps: int) -> PolishedMemory:
+    def init(self, state: AugmentedState, max_steps: int | Array) -> PolishedMemory:
         """Memory of both phases."""
         infinite = jnp.full_like(_tree.norm(state.x), jnp.inf)
         zeros = _tree.zeros_like(state.x)

@@ -124,7 +124,7 @@ class JointRun:
             return self._step(Given(given.theta, target, rest), first_objective, controls)
 
         memory = _Memory(
-            self.method.init(start, self.loop.max_steps), jnp.zeros_like(first_objective, bool)
+            self.method.init(start, self._limit(controls)), jnp.zeros_like(first_objective, bool)
         )
         solution, final = iterate(
             prepare,
@@ -162,11 +162,17 @@ class JointRun:
             aux=JointAux(objective),
         )
 
+    def _limit(self, controls: Controls) -> int | Array:
+        """The step limit in force: static without a budget, else an int32 scalar."""
+        if controls.budget is None:
+            return self.loop.max_steps
+        return step_limit(self.loop.max_steps, controls.budget)
+
     def _step(self, given: Given, first_objective: Array, controls: Controls) -> Step:
         """The joint iteration of the problems that ``given`` holds."""
         project = projection(self.pure, given)
         ahead = self.method.ahead if isinstance(self.method, LooksAhead) else None
-        limit = step_limit(self.loop.max_steps, controls.budget)
+        limit = self._limit(controls)
 
         def step(state: AugmentedState, memory: _Memory, k: Array):
             place = (self.pure, given.theta, given.target, given.rest, state)
@@ -183,7 +189,7 @@ class JointRun:
             )
             met = augmented.meets_tolerance(residual, evaluation, controls)
             constrained = self.pure.project is not None
-            context = Context(k, self.loop.max_steps, first_objective, project, constrained)
+            context = Context(k, limit, first_objective, project, constrained)
             new_state, method_memory = self.method.step(
                 state, evaluation, residual, memory.method, context
             )

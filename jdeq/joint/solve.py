@@ -76,7 +76,9 @@ def joint_solve(
         rtol: relative tolerance, at least 0; may be traced.
         atol: absolute tolerance, at least 0; may be traced.
         max_steps: limit on the iterations, which decaying schedules span, at least 1.
-        step_budget: further limit that may be traced; schedules do not see it.
+        step_budget: further limit that may be traced: the solve is that of ``max_steps`` as small,
+            and decaying schedules span it, but nothing compiles anew when it changes. An optimiser
+            of one's own keeps its own schedule.
         history: whether to keep residuals and objective of every iteration; a function of the
             ``AugmentedState`` is recorded besides.
         backward_probe: zeros ``[B, 3]``; the cotangent of this argument is (residual, steps,
