@@ -87,7 +87,7 @@ def training_step(
     optimizer: optax.GradientTransformation,
     *,
     contract: Callable[[PyTree], PyTree] | None = None,
-    remember: Callable[[PyTree, PyTree, PyTree], PyTree] | None = None,
+    remember: Callable[[Given, PyTree], PyTree] | None = None,
 ) -> Update:
     """`update(state, batch) -> (state, metrics)`.
 
@@ -98,7 +98,7 @@ def training_step(
         gradient: Of the mean loss over the examples: `jax.grad(loss, has_aux=True)`, or one's own.
         optimizer: Of the parameters.
         contract: The nearest parameters that are allowed.
-        remember: `remember(memory, batch, found) -> memory`.
+        remember: `remember(given, found)` is the next memory.
 
     Returns:
         The step. `gradient_norm` is added to the metrics.
@@ -116,7 +116,7 @@ def training_step(
             params = contract(params)
         memory = state.memory
         if remember is not None:
-            memory = remember(memory, batch, measured.found)
+            memory = remember(given, measured.found)
         metrics = measured.means | {name: jnp.median(v) for name, v in measured.medians.items()}
         metrics["gradient_norm"] = optax.tree.norm(found)
         return TrainState(params, optimizer_state, key, state.step + 1, memory), metrics

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 import jdeq
+from experiments.common.accuracy import estimated_errors
 from experiments.common.data import ImageData, batches, load_images
 from experiments.common.runs import RunDirectory
 from experiments.common.step import Given, Measured, TrainState, Update, training_step
@@ -31,6 +32,30 @@ from experiments.generative.vae import train_vae
 from jdeq.joint import StartStore, starts
 
 PyTree = Any
+
+
+class Memory(NamedTuple):
+    """What training keeps besides parameters and optimiser.
+
+    Attributes:
+        latents: The last x of training images; None without warm starts.
+        accuracy: State of the `AccuracyControl`; None without one.
+    """
+
+    latents: StartStore | None
+    accuracy: Array | None
+
+
+class Found(NamedTuple):
+    """What a step finds for each of its images.
+
+    Attributes:
+        solution: Of the input problems.
+        error: Estimated relative error of the envelope gradient, [B]; None without control.
+    """
+
+    solution: jdeq.Solution
+    error: Array | None
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
@@ -65,33 +90,51 @@ def train_joint(config: Config, run: RunDirectory, data: ImageData) -> None:
 
 def step_of(config: Config, generator: Generator) -> Update:
     """The training step."""
+    control = config.accuracy_control
 
     def loss(params: PyTree, given: Given) -> tuple[Array, Measured]:
-        x0 = starting_latents(given.memory, generator, params, given.batch)
+        x0 = starting_latents(given.memory.latents, generator, params, given.batch)
         images, keys = augmented(config, given.batch["image"], given.keys)
-        return training_loss(params, generator, config, images, keys, x0)
+        if control is None:
+            return training_loss(params, generator, config, images, keys, x0)
+        budget = control.iterations(given.memory.accuracy)
+        value, measured = training_loss(params, generator, config, images, keys, x0, budget)
+        return value, _with_accuracy(measured, budget, control.allowed(given.step))
 
-    def remember(latents: StartStore, batch: dict[str, Array], found: jdeq.Solution) -> StartStore:
-        return starts.update(latents, batch["index"], found)
+    def remember(given: Given, found: Found) -> Memory:
+        latents, state = given.memory
+        if latents is not None:
+            latents = starts.update(latents, given.batch["index"], found.solution)
+        if control is not None and found.error is not None:
+            state = control.adjusted(state, found.error, given.step)
+        return Memory(latents, state)
 
     return training_step(
         jax.grad(loss, has_aux=True),
         outer_optimizer(config, config.steps),
         contract=generator.contract,
-        remember=remember if config.warm_starts else None,
+        remember=remember if config.warm_starts or control else None,
+    )
+
+
+def _with_accuracy(measured: Measured, budget: Array, allowed: Array) -> Measured:
+    error = estimated_errors(measured.found.solution)
+    return Measured(
+        measured.means | {"inner_steps": budget.astype(allowed.dtype), "error_allowed": allowed},
+        measured.medians | {"error_estimated": error},
+        measured.found._replace(error=error),
     )
 
 
 def initial_state(config: Config, params: PyTree, seed: int) -> TrainState:
-    """What training starts from, given the initial parameters.
-
-    Its memory is the store of the last x of training images, or None.
-    """
+    """What training starts from, given the initial parameters; its memory is a `Memory`."""
     latents = None
     if config.warm_starts:
         like = jdeq.AugmentedState(None, jnp.zeros((1, config.latent_dim)), None)
         latents = starts.init(like, config.warm_starts, keep=("x",))
-    return TrainState.start(params, outer_optimizer(config, config.steps), seed, latents)
+    control = config.accuracy_control
+    memory = Memory(latents, None if control is None else control.start())
+    return TrainState.start(params, outer_optimizer(config, config.steps), seed, memory)
 
 
 def starting_latents(
@@ -105,7 +148,13 @@ def starting_latents(
 
 
 def training_loss(
-    params: PyTree, generator: Generator, config: Config, images: Array, keys: Array, x0: Array
+    params: PyTree,
+    generator: Generator,
+    config: Config,
+    images: Array,
+    keys: Array,
+    x0: Array,
+    step_budget: Array | None = None,
 ) -> tuple[Array, Measured]:
     """Mean optimal objective of the images, plus the Jacobian penalty at their equilibria.
 
@@ -116,9 +165,10 @@ def training_loss(
         images: [B, H, W, C] in [0, 1].
         keys: PRNG keys of the penalty's probes, [B].
         x0: First latents, [B, latent_dim].
+        step_budget: Iterations of the joint solve where they are fewer than `inner_steps`.
 
     Returns:
-        (loss, metrics and the input problems' solution); the gradient of the loss is the envelope
+        (loss, metrics and what was `Found`); the gradient of the loss is the envelope
         gradient, exact up to the residuals among the metrics.
     """
     _, z0 = generator.start(params, len(images))
@@ -130,6 +180,7 @@ def training_loss(
         jax.lax.stop_gradient(z0),
         method=training_method(config),
         max_steps=config.inner_steps,
+        step_budget=step_budget,
     )
     z, x, _ = solution.value
     jacobian = jnp.mean(
@@ -147,4 +198,4 @@ def training_loss(
         "failed": jnp.mean(solution.result >= jdeq.Result.diverged),
     }
     medians = {f"kkt_{block}": each for block, each in solution.residual._asdict().items()}
-    return loss, Measured(means, medians, solution)
+    return loss, Measured(means, medians, Found(solution, None))

@@ -60,6 +60,14 @@ def _generative() -> Training:
     return Training(generative.step_of(_GENERATIVE, generator), state, _images())
 
 
+def _controlled() -> Training:
+    # Some errors are allowed that the first steps' solves have, and then no more.
+    config = replace(_GENERATIVE, error_allowed=(0.9, 0.01), least_inner_steps=4, steps=4)
+    generator, params = build_generator(config, _SHAPE, seed=0)
+    state = generative.initial_state(config, params, seed=0)
+    return Training(generative.step_of(config, generator), state, _images())
+
+
 def _multiscale() -> Training:
     config = replace(_GENERATIVE, generator="multiscale", channels=(8, 16))
     generator, params = build_generator(config, _SHAPE, seed=0)
@@ -138,6 +146,7 @@ def _example(config: Any) -> tuple[int, ...]:
 
 TASKS: dict[str, Callable[[], Training]] = {
     "generative": _generative,
+    "generative-controlled": _controlled,
     "generative-multiscale": _multiscale,
     "generative-nested": _nested,
     "generative-vae": _vae,

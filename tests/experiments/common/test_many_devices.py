@@ -18,6 +18,7 @@ from tests.experiments.common.hlo import collectives, loops
 from tests.experiments.common.small_tasks import BATCH, HIDDEN, TASKS
 
 ROOT = Path(__file__).parents[3]
+QUICK = ("generative", "generative-controlled")  # those that have a test of their own
 
 
 def found_of(tasks, model_devices=1, count=8):
@@ -58,8 +59,16 @@ def test_eight_devices_train_as_one_and_solve_each_their_part():
     assert "all-reduce" in everything["control"]
 
 
+def test_eight_devices_agree_on_the_iterations_of_a_step():
+    found = found_of(["generative-controlled"])["generative-controlled"]
+    assert_as_on_one_device(found)
+    assert_devices_meet_once_a_step(found)
+    assert found["metrics"]["inner_steps"] == 0
+    assert found["metrics"]["error_estimated"] < 1e-3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "generative"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in QUICK])
 def test_every_task_trains_on_eight_devices_as_on_one(task):
     found = found_of([task])[task]
     assert found["devices"] == 8
