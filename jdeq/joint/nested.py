@@ -108,8 +108,8 @@ def nested_solve(
         A ``Solution`` as ``joint_solve`` returns it. ``steps`` counts evaluations of the cell and
         vector-Jacobian products of it, those of the inner solves included. Iterates are compared,
         and ``history.merit`` is, by ``l + mu . (f - z)``: the objective at the equilibrium of x up
-        to the squared error of the inner solves. ``aux.objective`` is ``l`` at the returned
-        ``(z, x)``.
+        to the squared error of the inner solves (``l + |mu . (f - z)|`` where that correction
+        exceeds half of ``l``). ``aux.objective`` is ``l`` at the returned ``(z, x)``.
 
     Raises:
         TypeError: as ``joint_solve``.
@@ -141,6 +141,9 @@ def nested_solve(
 
 
 _DEFAULT_OPTIMIZER = optax.adam(0.1)
+
+_SMALL = 0.5
+"""Share of the objective up to which the correction for an inexact state is taken for one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +228,7 @@ class NestedRun:
             report = Report(
                 residual=residual,
                 converged=augmented.meets_tolerance(residual, evaluation, controls),
-                merit=evaluation.objective + _state_error(state, evaluation),
+                merit=_merit(state, evaluation),
                 guard=None,
                 size=augmented.size(residual, evaluation),
                 evaluations=spent + 1,
@@ -264,10 +267,14 @@ class NestedRun:
         return AugmentedState(z, state.x, adjoint.value), inner.steps + adjoint.steps
 
 
-def _state_error(state: AugmentedState, evaluation: augmented.Evaluation) -> Array:
-    """What the objective lacks because ``z`` is no equilibrium, to first order: ``[B]``.
+def _merit(state: AugmentedState, evaluation: augmented.Evaluation) -> Array:
+    """``l + mu . (f - z)``, the objective at the equilibrium up to the squared error of z, ``[B]``.
 
-    ``mu . (f(z, x) - z)``. Inner solves stop at a tolerance; of iterates that differ by less than
-    that costs, the objective at ``z`` itself would choose one whose error happens to flatter it.
+    Inner solves stop at a tolerance; of iterates that differ by less than that costs, the objective
+    at ``z`` itself would choose one whose error happens to flatter it. Where the correction is no
+    small part of the objective it estimates nothing, and counts against the iterate.
     """
-    return _tree.dot(state.mu, _tree.subtract(evaluation.state, state.z))
+    objective = evaluation.objective
+    error = _tree.dot(state.mu, _tree.subtract(evaluation.state, state.z))
+    small = jnp.abs(error) <= _SMALL * jnp.abs(objective)
+    return objective + jnp.where(small, error, jnp.abs(error))

@@ -81,6 +81,30 @@ def test_loose_inner_solves_are_compared_to_second_order_of_their_error():
     np.testing.assert_allclose(s.aux.objective, objective(x, z), rtol=1e-12)
 
 
+def test_states_far_from_equilibrium_never_flatter_an_input():
+    """On a cell that is no contraction a few plain steps leave residuals as large as the state."""
+    o = problems.optimum()
+    params = {**o.params, "W": 3 * o.params["W"]}
+    few = InnerSolve(solver=Picard(), max_steps=4, rtol=0.0)
+    s = jdeq.nested_solve(
+        o.problem,
+        params,
+        o.target,
+        jnp.asarray(o.x),
+        o.z0,
+        optimizer=optax.sgd(1e-4),
+        forward=few,
+        rtol=0.0,
+        max_steps=20,
+        history=lambda state: (state.x, state.z),
+    )
+    x, z = (np.asarray(block) for block in s.history.record)
+    objective = 0.5 * (((z - o.target) ** 2).sum(-1) + problems.WEIGHT * (x**2).sum(-1))
+    merit = np.asarray(s.history.merit)
+    assert np.all(merit >= 0.5 * objective)
+    assert np.any(merit > 1.5 * objective)  # where the correction alone would lower it by half
+
+
 def test_published_setting_counts_every_evaluation():
     """Cold solves that never stop early: 18 forward, 18 backward, and one more, a step."""
     o = problems.optimum()
