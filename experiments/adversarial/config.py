@@ -175,8 +175,8 @@ PRESETS = {
     # The same with a ball of the linf norm.
     "digits-linf": replace(_DIGITS, norm="linf", radius=0.1),
     # python -m experiments.adversarial --preset mnist-small
-    # 36 minutes on one CPU core, 16 of them the three trainings. Joint-trained: 98.6 % clean, 90.6 %
-    # under PGD-100 with 5 restarts; PGD-trained 98.6 and 90.2 %, clean-trained 98.0 and 37.6 %.
+    # 36 minutes on one CPU core, 16 of them the three trainings. Joint-trained: 98.6 % clean and
+    # 90.6 % under PGD-100 with 5 restarts; PGD-trained 98.6 and 90.2, clean-trained 98.0 and 37.6.
     "mnist-small": Config(dataset="mnist", radius=1.0, steps=2720),
     # The published sizes want a GPU; not measured yet.
     "mnist-published": _PUBLISHED,
