@@ -72,7 +72,8 @@ class History(NamedTuple):
         residual: the residuals (same structure as ``Solution.residual``), each ``[T, B]`` with
             ``T = max_steps``; NaN in rows that were not run.
         merit: what chooses the returned iterate, ``[T, B]``: the residual for a fixed point, the
-            objective for an input problem; NaN in rows that were not run.
+            objective for an input problem (of ``nested_solve`` corrected for the inexact state);
+            NaN in rows that were not run.
         record: what the function given as ``history`` returned at each iterate, stacked
             ``[T, ...]`` and zero in rows that were not run; None for ``history=True``.
     """

@@ -46,18 +46,6 @@ class Memory(NamedTuple):
     accuracy: Array | None
 
 
-class Found(NamedTuple):
-    """What a step finds for each of its images.
-
-    Attributes:
-        solution: Of the input problems.
-        error: Estimated relative error of the envelope gradient, [B]; None without control.
-    """
-
-    solution: jdeq.Solution
-    error: Array | None
-
-
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     """Train every model of the study to its last step, each from its newest checkpoint.
 
@@ -101,12 +89,12 @@ def step_of(config: Config, generator: Generator) -> Update:
         value, measured = training_loss(params, generator, config, images, keys, x0, budget)
         return value, _with_accuracy(measured, budget, control.allowed(given.step))
 
-    def remember(given: Given, found: Found) -> Memory:
+    def remember(given: Given, found: jdeq.Solution) -> Memory:
         latents, state = given.memory
         if latents is not None:
-            latents = starts.update(latents, given.batch["index"], found.solution)
-        if control is not None and found.error is not None:
-            state = control.adjusted(state, found.error, given.step)
+            latents = starts.update(latents, given.batch["index"], found)
+        if control is not None:
+            state = control.adjusted(state, estimated_errors(found), given.step)
         return Memory(latents, state)
 
     return training_step(
@@ -118,11 +106,10 @@ def step_of(config: Config, generator: Generator) -> Update:
 
 
 def _with_accuracy(measured: Measured, budget: Array, allowed: Array) -> Measured:
-    error = estimated_errors(measured.found.solution)
     return Measured(
         measured.means | {"inner_steps": budget.astype(allowed.dtype), "error_allowed": allowed},
-        measured.medians | {"error_estimated": error},
-        measured.found._replace(error=error),
+        measured.medians | {"error_estimated": estimated_errors(measured.found)},
+        measured.found,
     )
 
 
@@ -168,7 +155,7 @@ def training_loss(
         step_budget: Iterations of the joint solve where they are fewer than `inner_steps`.
 
     Returns:
-        (loss, metrics and what was `Found`); the gradient of the loss is the envelope
+        (loss, metrics and the input problems' solution); the gradient of the loss is the envelope
         gradient, exact up to the residuals among the metrics.
     """
     _, z0 = generator.start(params, len(images))
@@ -198,4 +185,4 @@ def training_loss(
         "failed": jnp.mean(solution.result >= jdeq.Result.diverged),
     }
     medians = {f"kkt_{block}": each for block, each in solution.residual._asdict().items()}
-    return loss, Measured(means, medians, Found(solution, None))
+    return loss, Measured(means, medians, solution)

@@ -71,6 +71,7 @@ def test_a_budget_trains_as_that_many_iterations():
     assert metrics["inner_steps"] == 7
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], expected["gradient_norm"], rtol=1e-4)
+    # Adam's first step is 1e-3 long whatever the gradient: where that is small, rounding moves it.
     for got, leaf in zip(*map(jax.tree.leaves, (found.params, want.params)), strict=True):
         np.testing.assert_allclose(got, leaf, atol=2e-4)
 

@@ -45,7 +45,7 @@ def gradient(config, images):
     grad, measured = jax.grad(training_loss, has_aux=True)(
         params, generator, config, images, keys, x0
     )
-    return params, grad, measured.means | measured.medians, measured.found.solution
+    return params, grad, measured.means | measured.medians, measured.found
 
 
 @pytest.mark.parametrize("config", [DENSE, MULTISCALE], ids=["dense", "multiscale"])
