@@ -73,6 +73,8 @@ def simplex(x: Array, scale: float = 1.0) -> Array:
     Returns:
         The projection, ``[B, n]``.
     """
+    # What all entries have in common does not move the projection, but would round its small ones.
+    x -= lax.stop_gradient(jnp.max(x, axis=1, keepdims=True))
     return jax.vmap(lambda row: projections.projection_simplex(row, scale))(x).astype(x.dtype)
 
 

@@ -87,6 +87,18 @@ def test_a_bad_radius_does_not_pass_for_no_constraint():
     assert np.all(np.isfinite(p[1]))
 
 
+@pytest.mark.parametrize("offset", [1.0, 1e3, -1e5])
+def test_the_simplex_is_reached_in_float32_from_far_away(offset):
+    """Regression: entries that lie close together far from zero gave sums of 1.0003, or 4."""
+    rng = np.random.default_rng(0)
+    x = jnp.array(offset + 0.01 * rng.normal(size=(B, 300)), jnp.float32)
+    p = np.asarray(projections.simplex(x), np.float64)
+    assert np.all(p >= 0)
+    np.testing.assert_allclose(np.sum(p, axis=1), 1.0, atol=1e-6)
+    centred = np.asarray(x, np.float64) - np.mean(x, axis=1, keepdims=True, dtype=np.float64)
+    np.testing.assert_allclose(p, projections.simplex(jnp.array(centred)), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", SETS)
 def test_keeps_the_dtype(name, dtype):
