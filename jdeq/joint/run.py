@@ -211,6 +211,7 @@ class JointRun:
 
     def units(self, given: Given, start: AugmentedState, solution: Solution) -> Units:
         """The scales of objective and input at a solution."""
+        start = start._replace(x=projection(self.pure, given)(start.x))
         at_start, at_end = (
             self.pure.objective(given.theta, at.z, at.x, given.target, given.rest)
             for at in (start, solution.value)

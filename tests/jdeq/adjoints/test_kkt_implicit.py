@@ -103,6 +103,38 @@ def test_closed_form_of_a_ridge_regression(scale):
     np.testing.assert_allclose(gradient(o.target), (R @ np.linalg.solve(H, v.T)).T, rtol=1e-7)
 
 
+def test_the_gradient_and_hessian_do_not_depend_on_an_infeasible_start():
+    """Regression: units were taken at the start before it was projected, which may have none."""
+    params, target = arguments()
+    problem = jdeq.InputProblem(
+        bent_cell,
+        lambda *at: bent_objective(*at) - 0.1 * jnp.sum(jnp.log(at[2]), 1),
+        lambda x: jdeq.projections.box(x, 0.2, 2.0),
+    )
+
+    @jax.jit
+    def derivatives(x0):
+        at = problem, params, target, x0, jnp.zeros((3, 5))
+
+        def loss(params):
+            solve = {"adjoint": KKTImplicit(), "rtol": 1e-9, "max_steps": 2000}
+            return outer(jdeq.joint_solve(problem, params, *at[2:], **solve).value)
+
+        def slope(params):
+            def value(params):
+                solve = {"rtol": 1e-9, "max_steps": 2000}
+                return jnp.sum(jdeq.input_value(problem, params, *at[2:], **solve)[0])
+
+            return jnp.sum(jax.grad(value)(params)["W"])
+
+        return jax.grad(loss)(params), jax.grad(slope)(params)
+
+    got, want = derivatives(jnp.zeros((3, 4))), derivatives(jnp.full((3, 4), 0.2))
+    for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.any(expected != 0)
+        np.testing.assert_array_equal(leaf, expected)
+
+
 def test_says_when_the_kkt_system_is_singular():
     """Two inputs that do the same, without a penalty: the optimum is a line."""
     target, x0, z0 = jnp.ones((2, 1)), jnp.zeros((2, 2)), jnp.zeros((2, 1))
