@@ -27,7 +27,9 @@ class Unrolled:
     it; the start is a constant. It tends to the implicit gradient as the solve converges. Memory
     is one iterate (and solver memory) a step up to ``max_steps``: within a step everything is
     computed anew. How far a problem went is taken from the forward solve and is no function of the
-    parameters. Reverse mode only.
+    parameters. Reverse mode only. Behind a solver that divides by differences of its last
+    residuals, as ``Anderson`` does, a second derivative loses digits to rounding as the tolerance
+    tightens: take a moderate one, or ``Implicit``.
     """
 
     def solve(
