@@ -135,7 +135,7 @@ class Equilibrium:
             converged = within_tolerance(residual, size, controls)
             spent = None
             if isinstance(solver, MapSolver):
-                z_next, memory, products = solver.step_with_map(f, z, fz, memory, ~converged)
+                z_next, memory, products = solver.step_with_map(f, z, fz, memory, k, ~converged)
                 spent = 1 + products
             else:
                 z_next, memory = solver.step(z, fz, memory, k)

@@ -43,9 +43,10 @@ class AffineSolver(abc.ABC):
         )
 
     def step_with_map(
-        self, f: LinearMap, z: PyTree, fz: PyTree, memory: tuple[()], wanted: Array
+        self, f: LinearMap, z: PyTree, fz: PyTree, memory: tuple[()], k: Array, wanted: Array
     ) -> tuple[PyTree, tuple[()], Array]:
         """``z + d`` with ``(I - A) d = f(z) - z`` solved; see ``MapSolver.step_with_map``."""
+        del k
         g = _tree.select(wanted, _tree.subtract(fz, z), _tree.zeros_like(z))
         change, spent = self.correct(complement(f, z, fz), g)
         return _tree.add(z, change), memory, spent

@@ -15,7 +15,13 @@ class MapSolver(Protocol):
     """A solver that evaluates or differentiates the map itself, besides being a ``Solver``."""
 
     def step_with_map(
-        self, f: Callable[[PyTree], PyTree], z: PyTree, fz: PyTree, memory: PyTree, wanted: Array
+        self,
+        f: Callable[[PyTree], PyTree],
+        z: PyTree,
+        fz: PyTree,
+        memory: PyTree,
+        k: Array,
+        wanted: Array,
     ) -> tuple[PyTree, PyTree, Array]:
         """Makes the next iterate, like ``Solver.step``.
 
@@ -24,6 +30,7 @@ class MapSolver(Protocol):
             z: the current iterate.
             fz: the map at ``z``.
             memory: what ``init`` or the last call returned.
+            k: number of the step, int32 scalar, from 0.
             wanted: problems that have not converged yet, bool ``[B]``; no work is due for others.
 
         Returns:

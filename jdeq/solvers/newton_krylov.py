@@ -25,7 +25,7 @@ class NewtonKrylovMemory(NamedTuple):
     Attributes:
         anchor: where it set out from.
         direction: the Newton direction there, like the anchor.
-        residual: norm of the residual there, ``[B]``; infinity before the first step.
+        residual: norm of the residual there, ``[B]``; infinity before the first step of all.
         fraction: of the direction that was taken, ``[B]``.
         halvings: how often it has been halved, int32 ``[B]``.
     """
@@ -93,13 +93,15 @@ class NewtonKrylov:
         z: PyTree,
         fz: PyTree,
         memory: NewtonKrylovMemory,
+        k: Array,
         wanted: Array,
     ) -> tuple[PyTree, NewtonKrylovMemory, Array]:
         """A Newton step, or half of the last one again; see ``MapSolver.step_with_map``."""
         g = _tree.subtract(fz, z)
         residual = _tree.norm(g)
         allowed = (1 - _DECREASE * memory.fraction) * memory.residual
-        failed = (residual > allowed) & (memory.halvings < self.halvings)
+        # A step of an earlier solve is not under trial: its residual is no standard for this one.
+        failed = (k > 0) & (residual > allowed) & (memory.halvings < self.halvings)
 
         _, push_forward = jax.linearize(f, z)
         direction, spent = gmres(

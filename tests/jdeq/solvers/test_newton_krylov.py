@@ -52,6 +52,20 @@ def test_a_step_that_overshoots_is_halved():
     assert not np.any(full.result[:2] == Result.converged)
 
 
+def test_a_solve_that_goes_on_sets_out_from_its_own_start():
+    """The last solve's residual would have its first step halved, back to that solve's point."""
+    p = problems.tanh(norm=0.9)
+    solver = NewtonKrylov()
+    options = {"solver": solver, "rtol": 1e-12, "atol": 0.0}
+    last = jdeq.deq(p.cell, p.params, p.x, p.z0, memory=solver.init(p.z0), **options)
+    warm = jdeq.deq(
+        p.cell, p.params, 2 * p.x, p.z0 + 1, memory=last.aux.memory, history=lambda z: z, **options
+    )
+    plain = jdeq.deq(p.cell, p.params, 2 * p.x, p.z0 + 1, history=lambda z: z, **options)
+    np.testing.assert_array_equal(warm.steps, plain.steps)
+    np.testing.assert_array_equal(warm.history.record, plain.history.record)
+
+
 def test_is_a_backward_solver_too():
     p = problems.tanh(norm=0.9)
     options = {"rtol": 1e-12, "atol": 0.0}
