@@ -107,10 +107,20 @@ OF_STEPS = ("Unrolled", "Reversible")
 MOST_STEPS, FEW_STEPS = 400_000, 500
 
 
-def outer(z: PyTree) -> Array:
-    """A loss whose second derivative is not constant."""
-    values = [jnp.sum(jnp.sin(leaf) + 0.1 * leaf**2) for leaf in jax.tree.leaves(z)]
-    return jnp.sum(jnp.stack(values))
+def outer(z: PyTree, size: PyTree) -> Array:
+    """A loss of states in units of their size, whose second derivative is not constant.
+
+    The sine of a state of 1e4 would turn what its solve leaves, 1e-9 of it, into 1e-5.
+    """
+    units = jax.tree.leaves(jax.tree.map(jnp.divide, z, size))
+    return jnp.sum(jnp.stack([jnp.sum(jnp.sin(u) + 0.1 * u**2) for u in units]))
+
+
+def size_of(z: PyTree) -> PyTree:
+    """The largest entry of each row: [B, 1, ...] a leaf."""
+    return jax.tree.map(
+        lambda leaf: jnp.max(jnp.abs(leaf), axis=tuple(range(1, leaf.ndim)), keepdims=True), z
+    )
 
 
 Loss = Callable[[Array], Array]
@@ -121,6 +131,7 @@ def along(problems: list[Problem], solve: Callable[[list, list], list]) -> Loss:
     """The loss along a direction of each problem's parameters and one of its inputs."""
     pairs = [(p.params, p.x) for p in problems]
     directions = random_like(pairs, jax.random.key(9))
+    sizes = [size_of(p.answer(p.params, p.x)) for p in problems]
 
     def loss(t: Array) -> Array:
         # Small changes of a rate near one are large changes of the solution.
@@ -129,7 +140,8 @@ def along(problems: list[Problem], solve: Callable[[list, list], list]) -> Loss:
             for pair, pair_direction, steps in zip(pairs, directions, t, strict=True)
             for value, direction, s in zip(pair, pair_direction, steps, strict=True)
         ]
-        return jnp.sum(jnp.stack([outer(z) for z in solve(moved[::2], moved[1::2])]))
+        states = solve(moved[::2], moved[1::2])
+        return jnp.sum(jnp.stack([outer(*each) for each in zip(states, sizes, strict=True)]))
 
     return loss
 
