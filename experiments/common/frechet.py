@@ -62,6 +62,10 @@ def precision_recall(real: np.ndarray, generated: np.ndarray) -> tuple[float, fl
             f"{len(real)} and {len(generated)} features were given; more than {_NEIGHBOURS} of "
             "each are expected."
         )
+    # Squared distances are differences of squared lengths: in float32, and far from the origin,
+    # little would be left of them.
+    centre = real.mean(axis=0, dtype=np.float64)
+    real, generated = real - centre, generated - centre
     return _covered(generated, real), _covered(real, generated)
 
 

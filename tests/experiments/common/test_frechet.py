@@ -51,6 +51,15 @@ def test_precision_and_recall_of_equal_distant_and_narrower_sets():
     assert 0.5 < recall < 0.8
 
 
+def test_precision_and_recall_do_not_depend_on_where_the_origin_is():
+    real, generated = draws(0), draws(1) + 0.5
+    expected = precision_recall(real, generated)
+    assert min(expected) > 0.5
+    assert max(expected) < 1
+    moved = [(features + 4000).astype(np.float32) for features in (real, generated)]
+    assert precision_recall(*moved) == pytest.approx(expected, abs=0.02)
+
+
 def test_sets_that_are_too_small_or_of_other_dimension_are_refused():
     with pytest.raises(ValueError, match="at least two"):
         frechet_distance(draws(count=1), draws())
