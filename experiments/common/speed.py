@@ -274,8 +274,9 @@ def _measure(
     for candidate, rate in runs:
         at = problems.scaled(rate)
         solution = candidate.solve(scaled, at, jnp.asarray(candidate.steps))  # compiles, too
-        # Always as many rows, repeated where there are fewer, so that nothing compiles anew.
-        kept = np.linspace(0, candidate.steps - 1, _ROWS).round().astype(int)
+        # Always as many rows, repeated where there are fewer, so that nothing compiles anew. Those
+        # after the last that a full run returns were never paid for.
+        kept = np.linspace(0, candidate.steps - candidate.delay, _ROWS).round().astype(int)
         assert solution.history is not None
         inputs = jax.tree.map(partial(_rows, kept, rate), solution.history.record)
         trajectories.append(np.asarray(objectives(problem, problems, inputs), np.float64))

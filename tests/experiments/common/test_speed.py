@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -119,6 +120,17 @@ def test_problems_without_an_equilibrium_at_the_start_count_against_joint(capsys
     assert outcome.joint.share_reached == 7 / 8
     assert outcome.speedup(outcome.nested)[-1] == 0
     assert np.isfinite(outcome.speedup(outcome.nested)[:-1]).all()
+
+
+def test_iterates_that_a_full_run_makes_but_does_not_return_are_not_reached():
+    problem, at = quadratic()
+    late = Scripted("late", progress([4, 4, 4, 4, 5, 5, 5, 5], 6), 0.004).candidate
+    sure = Scripted("sure", progress([2] * 8, 6), 0.004).candidate
+    # Six iterations return x_0 to x_4: a sixth looks at x_4, and x_5 would want a seventh.
+    late = dataclasses.replace(late, delay=2)
+    outcome = speed.compare(problem, at, at, [late], [sure], sure)
+    np.testing.assert_allclose(outcome.joint.reached, [6 * 0.004] * 4 + [np.inf] * 4)
+    assert outcome.nested.share_reached == 1
 
 
 def test_one_percent_of_the_way_is_near_enough():
