@@ -100,9 +100,10 @@ def compare_distributions(
     # Spread evenly: where images are sorted by class, the first would be of a few classes only.
     spread = np.linspace(0, len(data.train) - 1, count).astype(int)
     train = extractor.features(data.train.images.read(spread))
-    features = {name: extractor.features(drawn.images) for name, drawn in joint.items()}
+    # As many again: distances, precision and recall depend on the number of images.
+    features = {name: extractor.features(drawn.images[:count]) for name, drawn in joint.items()}
     chosen = min(features, key=lambda name: frechet_distance(features[name], train))
-    of_vae = {name: extractor.features(drawn.images) for name, drawn in vae.items()}
+    of_vae = {name: extractor.features(drawn.images[:count]) for name, drawn in vae.items()}
 
     summary: Summary = {
         "frechet_joint": frechet_distance(features[chosen], test),

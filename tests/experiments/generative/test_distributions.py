@@ -66,3 +66,13 @@ def test_training_images_that_are_sorted_are_taken_from_all_of_them():
     )
     # Of the first 120 alone, all of the darker kind, the distance would be above a third.
     assert summary["frechet_train"] < 0.02
+
+
+def test_as_many_samples_are_compared_as_there_are_images_on_either_side():
+    data = ImageData("few", Split(ArrayImages(images(0))), Split(ArrayImages(images(1, count=20))))
+    drawn = samples(2)
+    of_few = {"prior": drawn, "mixture": drawn}
+    summary, _ = compare_distributions(Pixels(), data, {"only": drawn}, of_few)
+    flat = Pixels().features
+    expected = frechet_distance(flat(drawn.images[:20]), flat(data.test.first(20)))
+    assert summary["frechet_joint"] == summary["frechet_vae"] == pytest.approx(expected)
