@@ -39,6 +39,8 @@ from experiments.generative.vae import load_vae
 
 PyTree = Any
 
+_LEAST = 4  # test images: precision and recall look at the third neighbour, speed is tuned on some
+
 
 def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summary:
     """Reconstruct the test images by every model, sample, and measure speed.
@@ -48,9 +50,14 @@ def evaluate(config: Config, run: RunDirectory, data_root: Path | None) -> Summa
         classifier, and none of the keys that need its features.
 
     Raises:
-        UserError: There is no checkpoint yet, or the images are not of the size trained on.
+        UserError: There is no checkpoint yet, the images are not of the size trained on, or there
+            are too few.
     """
     data = load_images(config.dataset, data_root, config.image_size)
+    if len(data.test) < _LEAST:
+        raise UserError(
+            f"{data.name} has {len(data.test)} test images; at least {_LEAST} are needed."
+        )
     generator, restored = load_generator(config, run, data.shape)
     params, step = restored.state.params, restored.step
     if step < config.steps:

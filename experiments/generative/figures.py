@@ -49,7 +49,8 @@ def interpolation(
     path: Path, generator: Generator, params: PyTree, latents: np.ndarray, data: ImageData
 ) -> None:
     """Rows that lead from one test image's latent to another's along a straight line."""
-    pairs = latents[: 2 * _ROWS].reshape(_ROWS, 2, -1)
+    # Where there are fewer images than ends, they come again.
+    pairs = latents[np.arange(2 * _ROWS) % len(latents)].reshape(_ROWS, 2, -1)
     share = np.linspace(0, 1, SHOWN, dtype=np.float32)[:, None]
     lines = np.concatenate([(1 - share) * a + share * b for a, b in pairs])
     plots.image_grid(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.common.checkpoints import restore_newest
-from experiments.common.runs import open_run, read_metrics, start_run
+from experiments.common.runs import RunRecord, open_run, read_metrics, start_run
 from experiments.generative.__main__ import TASK
 from experiments.generative.config import Config
 from experiments.generative.problem import build_generator
@@ -96,6 +96,14 @@ def test_mistakes_are_one_sentence(smoke, tmp_path, capsys):
     record = open_run(smoke, "generative").record
     start_run(tmp_path / "b", record)
     assert "no checkpoint yet" in fail(capsys, "evaluate", "--run-dir", tmp_path / "b")
+
+
+def test_too_few_test_images_are_refused(tmp_path, capsys):
+    train, test = writers.random_images(0, 9, 28, 28), writers.random_images(1, 3, 28, 28)
+    writers.write_mnist(tmp_path, train, test)
+    start_run(tmp_path / "run", RunRecord.new("generative", "mnist", 0, TASK.presets["mnist"]))
+    given = ("evaluate", "--run-dir", tmp_path / "run", "--data-root", tmp_path)
+    assert "mnist has 3 test images; at least 4 are needed" in fail(capsys, *given)
 
 
 def states(path):
