@@ -180,7 +180,7 @@ def _test_names(root: Path, names: list[str]) -> frozenset[str]:
     if not partition.is_file():
         count = max(1, round(_TEST_SHARE * len(names)))
         return frozenset(names[-count:])
-    listed = (line.split() for line in partition.read_text().splitlines())
+    listed = (line.split() for line in partition.read_text(errors="replace").splitlines())
     chosen = {words[0] for words in listed if len(words) == 2 and words[1] == _PARTITION_TEST}
     test = frozenset(name for name in names if name.rpartition("/")[2] in chosen)
     if not test or len(test) == len(names):

@@ -25,7 +25,12 @@ def load(root: Path, size: tuple[int, int] | None = None) -> ImageData:
     Raises:
         UserError: A file is missing, truncated or of the wrong shape.
     """
-    return ImageData("mnist", train=_split(root, "train", size), test=_split(root, "t10k", size))
+    train, test = _split(root, "train", size), _split(root, "t10k", size)
+    if train.images.shape != test.images.shape:
+        sizes = ["x".join(map(str, split.images.shape[:2])) for split in (train, test)]
+        problem = f"holds images of {sizes[1]} where those of the training are {sizes[0]}"
+        raise damaged("mnist", _find(root, "t10k-images-idx3-ubyte"), problem)
+    return ImageData("mnist", train=train, test=test)
 
 
 def _split(root: Path, part: str, size: tuple[int, int] | None) -> Split:

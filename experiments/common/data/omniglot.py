@@ -129,7 +129,11 @@ def _one_shot_run(
 ) -> Tasks:
     prefix = labels[: _RUN_LABELS.search(labels).start(1)]  # type: ignore[union-attr]
     with files.open(labels) as file:
-        pairs = [line.split() for line in file.read().decode().splitlines() if line.strip()]
+        pairs = [
+            line.split()
+            for line in file.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
     where = f"{files.place}/{labels}"
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:

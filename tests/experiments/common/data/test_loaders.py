@@ -92,6 +92,14 @@ def test_a_damaged_idx_file_is_named_with_what_is_wrong(tmp_path, damage, words)
     assert "download mnist" in str(caught.value)
 
 
+def test_mnist_refuses_test_images_of_another_size(tmp_path):
+    train, test = writers.random_images(0, 4, 28, 28), writers.random_images(1, 2, 20, 28)
+    writers.write_mnist(tmp_path, train, test)
+    with pytest.raises(UserError, match=r"t10k-images.* of 20x28 where those of the"):
+        load_images("mnist", tmp_path)
+    assert load_images("mnist", tmp_path, size=(14, 14)).shape == (14, 14, 1)
+
+
 def test_labels_of_another_number_are_refused(tmp_path):
     writers.write_mnist(
         tmp_path, writers.random_images(0, 4, 28, 28), writers.random_images(1, 2, 28, 28)
@@ -267,6 +275,13 @@ def test_celeba_reads_the_published_archive_and_partition(tmp_path):
         "img_align_celeba/000002.jpg",
     )
     assert data.train.images.read(np.arange(4)).shape == (4, 64, 64, 3)
+
+
+def test_a_partition_that_is_no_text_is_refused(tmp_path):
+    writers.write_celeba(tmp_path, writers.random_images(0, 3, 160, 150, 3))
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_bytes(b"\xff\xfe0\x00")
+    with pytest.raises(UserError, match="puts 0 of the 3 jpgs into the test split"):
+        load_images("celeba", tmp_path)
 
 
 def test_damaged_jpgs_are_counted_and_skipped(tmp_path, capsys):
