@@ -287,6 +287,8 @@ def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
         assert task.export is not None  # checked before the run directory was claimed
         task.export(settings, run, arguments.data_root)
         return
+    # Before hours of training, not after.
+    adjusted = settings if task.adjust is None else task.adjust(settings, arguments)
     if arguments.command != "evaluate":
         if not is_trained(run) and hosts.is_first():
             run.discard_summary()
@@ -295,9 +297,7 @@ def _execute(task: Task[Any], arguments: Arguments, run: RunDirectory) -> None:
         command = _command(task, "evaluate", arguments, run)
         say(f"trained; evaluate in one process, with `{command}`")
     elif arguments.command != "train":
-        if task.adjust is not None:
-            settings = task.adjust(settings, arguments)
-        summary = task.evaluate(settings, run, arguments.data_root)
+        summary = task.evaluate(adjusted, run, arguments.data_root)
         run.write_summary(summary)
         show_summary(summary, f"{task.name}, {record.preset}")
         say(f"figures and summary.json are in {run.path}")

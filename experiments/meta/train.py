@@ -25,7 +25,9 @@ PyTree = Any
 
 
 def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
-    """Train the learner to the last step, then the baselines, from the newest checkpoints.
+    """Train the baselines to the last step, then the learner, from the newest checkpoints.
+
+    The learner comes last: a run is trained once it has ended.
 
     Raises:
         UserError: The data is missing or damaged, or has too few characters or images for the
@@ -35,15 +37,6 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
     seed = run.record.seed
     for ways, shots in config.settings:
         source.testing(ways, shots, config.test_queries, seed)
-    learner, params = build_learner(config, source.shape, config.ways, seed)
-    fit(
-        meta_step(learner),
-        initial_state(config, params, seed),
-        source.training(config, seed),
-        run,
-        Schedule(config.steps, config.log_every, config.checkpoint_every),
-    )
-
     for kind, steps in config.baselines:
         say(f"training {kind}")
         model, params = build_baseline(kind, config, source.shape, seed)
@@ -55,6 +48,15 @@ def train(config: Config, run: RunDirectory, data_root: Path | None) -> None:
             run.part(kind),
             Schedule(steps, config.log_every, config.checkpoint_every),
         )
+    say("training the learner")
+    learner, params = build_learner(config, source.shape, config.ways, seed)
+    fit(
+        meta_step(learner),
+        initial_state(config, params, seed),
+        source.training(config, seed),
+        run,
+        Schedule(config.steps, config.log_every, config.checkpoint_every),
+    )
 
 
 def baseline_step(model: Model, config: Config, optimizer: optax.GradientTransformation) -> Update:

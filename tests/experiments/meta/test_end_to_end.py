@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from experiments.common.runs import read_metrics
+from experiments.meta import train
 from experiments.meta.__main__ import TASK
 from experiments.meta.config import PRESETS
 from tests.experiments.common import commands
@@ -82,6 +83,19 @@ def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_
     summary = json.loads((path / "summary.json").read_text())
     assert summary["one_shot_runs"] == 2
     assert summary["accuracy_one_shot_runs"] == 1.0  # queries are the support's own pictures
+
+
+def test_mistakes_are_found_before_training_and_the_learner_is_trained_last(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    trained = []
+    monkeypatch.setattr(train, "fit", lambda *given: trained.append(given[3].path.name))
+    write_zip(tmp_path, "omniglot_resized", drawings(0, {"Greek": 1, "Angelic": 3}, 28))
+    given = ("--preset", "tiny", "--data-root", tmp_path, "--run-dir", tmp_path / "run")
+    assert "--ways 0 leaves nothing to test" in fail(capsys, *given, "--ways", 0)
+    assert not trained
+    run("train", *given, "--resume")
+    assert trained == ["proto", "run"]
 
 
 def one_shot_runs() -> dict[str, bytes]:
