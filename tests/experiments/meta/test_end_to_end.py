@@ -60,7 +60,8 @@ def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_
     write_zip(tmp_path / "a", "omniglot_resized", drawings(0, {"Greek": 3, "Angelic": 4}, 28))
     path = tmp_path / "run"
     run("train", "--preset", "tiny", "--run-dir", path, "--data-root", tmp_path / "a")
-    write_folder(tmp_path / "mine", drawings(1, {"Klingon": 4}, 105))
+    # Fewer characters than a training task has.
+    write_folder(tmp_path / "mine", drawings(1, {"Klingon": 2}, 105))
     evaluation = ("evaluate", "--run-dir", path, "--data-root", tmp_path / "mine")
     run(*evaluation, "--ways", 2, "--shots", 2, "--tasks", 5)
     summary = json.loads((path / "summary.json").read_text())
@@ -70,10 +71,12 @@ def test_a_run_is_evaluated_on_any_characters_with_options_of_its_own(tiny, tmp_
         for suffix in ("", "_ci95")
     }
     assert summary["test_tasks"] == 5
+    assert not [name for name in summary if name.startswith("seconds_step")]
+    assert "3-way tasks need 3 characters and there are 2" in capsys.readouterr().out
     assert (path / "figures" / "training.png").is_file()
-    assert "5-way tasks need 5 characters and there are 4" in fail(capsys, *evaluation, "--ways", 5)
+    assert "5-way tasks need 5 characters and there are 2" in fail(capsys, *evaluation, "--ways", 5)
     assert "has 4 images, and tasks of 3 shots and 2 queries need 5" in fail(
-        capsys, *evaluation, "--shots", 3
+        capsys, *evaluation, "--ways", 2, "--shots", 3
     )
     for name in ("--ways", "--shots", "--tasks", "--queries"):
         assert f"{name} 0 leaves nothing to test" in fail(capsys, *evaluation, name, 0)
