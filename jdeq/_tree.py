@@ -39,6 +39,21 @@ def norm(tree: PyTree) -> Array:
     return jnp.sqrt(dot(tree, tree))
 
 
+def binade(tree: PyTree) -> Array:
+    """The power of two below each problem's largest entry; one where that is zero or not finite.
+
+    Divided by it, which loses no digit, a tree has a norm that neither overflows nor underflows.
+    """
+
+    def leaf(v: Array) -> Array:
+        size = jnp.abs(v.reshape(v.shape[0], -1)).astype(accumulation_dtype(v.dtype))
+        return jnp.max(size, axis=1, initial=0)
+
+    largest = functools.reduce(jnp.maximum, map(leaf, jax.tree.leaves(jax.lax.stop_gradient(tree))))
+    largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    return largest / (2 * jnp.frexp(largest)[0])
+
+
 def expand(mask: Array, leaf: Array) -> Array:
     """``mask [B]`` with trailing axes of size one, to broadcast against ``leaf``."""
     return mask.reshape(mask.shape + (1,) * (leaf.ndim - 1))

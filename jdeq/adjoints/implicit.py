@@ -124,6 +124,13 @@ class Implicit(BackwardOptions):
             return lambda u: _tree.add(vjp(u)[0], v)
 
         backward = Equilibrium(bind, self.run_options(equilibrium.options))
-        controls = self.controls(controls, _tree.norm(cotangent))
-        start = cotangent if start is None else start
-        return self.solve(backward, theta, (inputs, z, cotangent), start, controls, None)
+        # The equation is linear: it is solved for a cotangent whose norm does not leave the range
+        # of the dtype.
+        unit = _tree.binade(cotangent)
+        v = _tree.scale(1 / unit, cotangent)
+        start = v if start is None else _tree.scale(1 / unit, start)
+        controls = self.controls(controls, _tree.norm(v))
+        found = self.solve(backward, theta, (inputs, z, v), start, controls, None)
+        return dataclasses.replace(
+            found, value=_tree.scale(unit, found.value), residual=unit * found.residual
+        )

@@ -108,5 +108,9 @@ class ImplicitForward(BackwardOptions):
         # jacfwd maps this solve, and compaction is not for use under vmap.
         options = dataclasses.replace(self.run_options(equilibrium.options), compaction=0)
         at = Equilibrium.of(step, options)
+        # As in `Implicit`, for a right-hand side whose norm is within the range of the dtype.
+        unit = _tree.binade(b)
+        b = _tree.scale(1 / unit, b)
         found = at.run(captured, b, b, self.controls(controls, _tree.norm(b)))
-        return base.mask_problems(base.failed(found.result), found.value)
+        u = base.mask_problems(base.failed(found.result), found.value)
+        return _tree.scale(unit, u)

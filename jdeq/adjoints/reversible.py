@@ -137,7 +137,8 @@ class Reversible:
     ) -> tuple[PyTree, PyTree, Solution]:
         record: Record = base.donate(base.failed(solution.result), solution.aux.memory)
         rtol = controls.rtol + controls.atol if self.rtol is None else self.rtol
-        tolerance = jnp.asarray(rtol) * _tree.norm(v)
+        unit = _tree.binade(v)
+        tolerance = jnp.asarray(rtol) * _tree.norm(_tree.scale(1 / unit, v))
         below, index = record.before_solution(solution)
         floats, rebuild = _split(theta)
         input_floats, rebuild_inputs = _split(inputs)
@@ -146,7 +147,8 @@ class Reversible:
             return equilibrium.f(rebuild(floats), rebuild_inputs(input_floats), z)
 
         def left(walk: _Walk) -> Array:
-            return _tree.norm(walk.high_bar) + _tree.norm(walk.low_bar)
+            bars = _tree.scale(1 / unit, (walk.high_bar, walk.low_bar))
+            return _tree.norm(bars[0]) + _tree.norm(bars[1])
 
         def going(walk: _Walk) -> Array:
             return (walk.k >= 0) & (left(walk) > tolerance)
@@ -210,7 +212,7 @@ class Reversible:
         )
         walk = lax.while_loop(lambda walk: jnp.any(going(walk)), step, vary_alike(start))
         code = jnp.where(walk.lost, jnp.int32(Result.stagnated), jnp.int32(Result.converged))
-        outcome = Solution(walk.low, code, walk.steps, left(walk))
+        outcome = Solution(walk.low, code, walk.steps, unit * left(walk))
         return (
             _cotangent(theta, walk.theta_bar),
             _cotangent(inputs, walk.inputs_bar),

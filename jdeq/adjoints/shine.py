@@ -105,10 +105,12 @@ class Shine:
     ) -> tuple[PyTree, PyTree, Solution | None]:
         bad = base.failed(solution.result)
         memory = jax.lax.stop_gradient(base.donate(bad, solution.aux.memory))
-        u = solver.transposed_inverse(memory, v)
-        limit = jnp.inf if self.fallback is None else self.fallback * _tree.norm(v)
+        unit = _tree.binade(v)
+        direction = _tree.scale(1 / unit, v)
+        u = solver.transposed_inverse(memory, direction)
+        limit = jnp.inf if self.fallback is None else self.fallback * _tree.norm(direction)
         size = _tree.norm(u)
-        u = _tree.select(jnp.isfinite(size) & (size <= limit), u, v)
+        u = _tree.select(jnp.isfinite(size) & (size <= limit), _tree.scale(unit, u), v)
         if self.refine == 0:
             return pull_back_one_step(equilibrium, theta, inputs, solution, u, controls)
         # The steps move between one more evaluation than there are of them.

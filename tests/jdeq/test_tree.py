@@ -25,6 +25,12 @@ def test_products_and_norms_run_over_all_leaves_of_a_problem():
     np.testing.assert_allclose(_tree.norm(a), np.linalg.norm(flat(a), axis=1))
 
 
+def test_the_binade_of_a_problem():
+    a = jnp.array([[0.0, 0.0], [3.0, -5.0], [1e-200, 0.0], [-1e200, 1.0], [jnp.nan, 2.0]])
+    unit = _tree.binade({"a": a, "b": jnp.full((5, 1), 1e-300), "c": jnp.zeros((5, 0))})
+    assert unit.tolist() == [2.0**-997, 4.0, 2.0**-665, 2.0**664, 1.0]
+
+
 def test_sums_of_narrow_dtypes_are_taken_in_float32():
     ones = jnp.ones((2, 4096), jnp.bfloat16)
     assert _tree.dot(ones, ones).dtype == jnp.float32

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jdeq
-from jdeq.adjoints import Implicit
+from jdeq import solvers
+from jdeq.adjoints import Implicit, ImplicitForward, Reversible, Shine
 from jdeq.solution import Result
 from jdeq.solvers import Anderson, Picard
 from tests.jdeq import problems
@@ -139,15 +140,29 @@ def test_the_start_and_the_bookkeeping_carry_no_gradient():
     assert np.all(jax.grad(bookkeeping)(p.x) == 0)
 
 
-def test_a_small_loss_is_differentiated_as_precisely_as_a_large_one():
+@pytest.mark.parametrize(
+    ("adjoint", "solver"),
+    [
+        (Implicit(), Anderson()),
+        (ImplicitForward(), Anderson()),
+        (Shine(fallback=10), Anderson()),
+        (Reversible(), solvers.Reversible()),
+    ],
+    ids=lambda option: type(option).__name__,
+)
+def test_a_small_loss_is_differentiated_as_precisely_as_a_large_one(adjoint, solver):
+    """Also where squares of its derivative underflow or overflow."""
     p = problems.tanh()
+    options = {"adjoint": adjoint, "solver": solver}
 
     @jax.jit
     def gradient(scale):
-        return jax.grad(lambda x: scale * outer(jdeq.deq(p.cell, p.params, x, p.z0).value))(p.x)
+        return jax.grad(
+            lambda x: scale * outer(jdeq.deq(p.cell, p.params, x, p.z0, **options).value)
+        )(p.x)
 
     reference = gradient(1.0)
-    for scale in (1e-12, 1e12):
+    for scale in (1e-200, 1e-12, 1e12, 1e200):
         np.testing.assert_allclose(gradient(scale) / scale, reference, rtol=1e-9)
 
 
