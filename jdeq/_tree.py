@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -94,6 +95,23 @@ def zeros_like(tree: PyTree) -> PyTree:
 def cast_like(tree: PyTree, other: PyTree) -> PyTree:
     """``tree`` with the dtypes of ``other``, leaf by leaf."""
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, other)
+
+
+def join(tree: PyTree) -> Array:
+    """The leaves of each problem side by side, ``[B, n]``, in their common dtype."""
+    leaves = jax.tree.leaves(tree)
+    dtype = jnp.result_type(*leaves)
+    flat = [leaf.reshape(leaf.shape[0], leaf[0].size).astype(dtype) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+
+
+def split_like(joined: Array, other: PyTree) -> PyTree:
+    """The tree like ``other`` whose ``join`` is given."""
+    leaves, structure = jax.tree.flatten(other)
+    ends = itertools.accumulate(leaf[0].size for leaf in leaves[:-1])
+    parts = jnp.split(joined, list(ends), axis=1)
+    shaped = [p.reshape(v.shape).astype(v.dtype) for p, v in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
 
 
 def normal_like(key: Array, tree: PyTree) -> PyTree:

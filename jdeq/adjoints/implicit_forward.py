@@ -83,27 +83,31 @@ class ImplicitForward(BackwardOptions):
         )
         change = base.mask_problems(bad, change)
 
-        def residual(u: PyTree) -> PyTree:
-            _, moved = jax.jvp(lambda z: equilibrium.f(theta, inputs, z), (z,), (u,))
-            return _tree.subtract(u, moved)
+        def residual(u: Array) -> Array:
+            along = _tree.split_like(u, z)
+            _, moved = jax.jvp(lambda z: equilibrium.f(theta, inputs, z), (z,), (along,))
+            return u - _tree.join(moved)
 
-        def solve(matvec: Callable[[PyTree], PyTree], b: PyTree) -> PyTree:
+        def solve(matvec: Callable[[Array], Array], b: Array) -> Array:
             return self._solve_linear(equilibrium, matvec, b, controls)
 
-        return lax.custom_linear_solve(residual, change, solve, solve)
+        # JAX transposes the solve only if every leaf of the right-hand side depends on the tangents
+        # (0.10.2), which a state of several leaves need not have: one leaf has all of them.
+        joined = lax.custom_linear_solve(residual, _tree.join(change), solve, solve)
+        return _tree.split_like(joined, z)
 
     def _solve_linear(
         self,
         equilibrium: Equilibrium,
-        matvec: Callable[[PyTree], PyTree],
-        b: PyTree,
+        matvec: Callable[[Array], Array],
+        b: Array,
         controls: Controls,
-    ) -> PyTree:
+    ) -> Array:
         """``u = u - matvec(u) + b``, zero where it could not be solved."""
         linear, captured = _closures.hoist("ImplicitForward", "the linear map", matvec, b)
 
-        def step(captured: PyTree, b: PyTree, u: PyTree) -> PyTree:
-            return _tree.add(_tree.subtract(u, linear(captured, u)), b)
+        def step(captured: PyTree, b: Array, u: Array) -> Array:
+            return u - linear(captured, u) + b
 
         # jacfwd maps this solve, and compaction is not for use under vmap.
         options = dataclasses.replace(self.run_options(equilibrium.options), compaction=0)

@@ -38,6 +38,18 @@ def test_sums_of_narrow_dtypes_are_taken_in_float32():
     assert _tree.norm({"a": ones, "b": ones.astype(jnp.float64)}).dtype == jnp.float64
 
 
+def test_a_tree_is_joined_and_split_again():
+    a = {
+        "a": jnp.arange(6.0).reshape(3, 2),
+        "b": [jnp.ones((3, 0)), jnp.zeros((3, 2, 1), "bfloat16")],
+    }
+    joined = _tree.join(a)
+    np.testing.assert_array_equal(joined, flat(a))
+    again = _tree.split_like(joined, a)
+    assert jax.tree.map(lambda v: v.dtype, again) == jax.tree.map(lambda v: v.dtype, a)
+    jax.tree.map(np.testing.assert_array_equal, again, a)
+
+
 def test_elementwise_operations_keep_dtypes():
     a = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones((3, 1), jnp.float32)}
     b = jax.tree.map(lambda v: 3 * v, a)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jdeq
-from jdeq.adjoints import ImplicitForward
+from jdeq.adjoints import Implicit, ImplicitForward
 from jdeq.nn import MultiscaleCell
 from jdeq.solvers import Anderson, Picard
 from tests.jdeq import problems
@@ -117,6 +117,30 @@ def test_a_probe_is_refused():
         jdeq.deq(
             p.cell, p.params, p.x, p.z0, adjoint=ImplicitForward(), backward_probe=jnp.zeros((3, 3))
         )
+
+
+def test_a_state_only_part_of_which_is_driven():
+    """Branches without an injection of their own do not depend on x directly."""
+    p = problems.tanh(norm=0.5)
+
+    def cell(params, z, x):
+        driven, follower = z
+        return p.cell(params, driven + 0.1 * follower, x), 0.5 * jnp.sin(driven)
+
+    def loss(x, adjoint):
+        options = {**TIGHT, "adjoint": adjoint}
+        return outer(jdeq.deq(cell, p.params, x, (p.z0, p.z0), **options).value[0])
+
+    def derivatives(adjoint):
+        gradient = jax.grad(lambda x: loss(x, adjoint))
+        curvature = jax.grad(lambda x: jnp.vdot(gradient(x), p.x))
+        return jax.jit(lambda x: (gradient(x), curvature(x)))(p.x)
+
+    for got, want in zip(derivatives(ImplicitForward()), derivatives(Implicit()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
+    hessian = jax.jit(jax.jacfwd(jax.grad(lambda x: loss(x, ImplicitForward()))))(p.x)
+    product = np.tensordot(hessian, p.x, 2)
+    np.testing.assert_allclose(product, derivatives(Implicit())[1], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.slow
