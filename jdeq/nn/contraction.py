@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jdeq import _tree
+
 _ITERATIONS = 20
 
 
@@ -36,6 +38,10 @@ def spectral_norm(kernel: Array, *, iterations: int = _ITERATIONS) -> Array:
             f"spectral_norm: iterations={iterations} was given, but at least 1 is expected."
         )
 
+    # Squares of very small and very large entries would leave the range of the dtype.
+    unit = _tree.binade(kernel[None]).astype(kernel.dtype)[0]
+    kernel = kernel / unit
+
     def step(_: Array, direction: Array) -> Array:
         moved = kernel.T @ (kernel @ direction)
         length = jnp.linalg.norm(moved)
@@ -43,7 +49,7 @@ def spectral_norm(kernel: Array, *, iterations: int = _ITERATIONS) -> Array:
 
     first = jax.random.normal(jax.random.key(0), kernel.shape[1:], kernel.dtype)
     direction = jax.lax.fori_loop(0, iterations, step, first / jnp.linalg.norm(first))
-    return jnp.linalg.norm(kernel @ direction)
+    return unit * jnp.linalg.norm(kernel @ direction)
 
 
 def limit_spectral_norm(

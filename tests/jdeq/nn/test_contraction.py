@@ -17,7 +17,17 @@ def with_singular_values(values, rows=7):
     return jnp.asarray(left[:, : len(values)] @ np.diag(values) @ right)
 
 
-@pytest.mark.parametrize("values", [[3.0, 1.0, 0.5], [2.0, 2.0, 0.1], [1e-8, 1e-9], [1e8, 1.0]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3.0, 1.0, 0.5],
+        [2.0, 2.0, 0.1],
+        [1e-8, 1e-9],
+        [1e8, 1.0],
+        [1e-150, 1e-152],
+        [1e150, 1e148],
+    ],
+)
 def test_spectral_norm_is_the_largest_singular_value(values):
     kernel = with_singular_values(values)
     got = jax.jit(spectral_norm)(kernel)
