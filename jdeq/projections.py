@@ -60,7 +60,7 @@ def box(x: PyTree, lower: Any, upper: Any) -> PyTree:
     Returns:
         The projection, like ``x``.
     """
-    return projections.projection_box(x, lower, upper)
+    return projections.projection_box(x, _like(lower, x), _like(upper, x))
 
 
 def simplex(x: Array, scale: float = 1.0) -> Array:

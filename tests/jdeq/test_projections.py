@@ -210,6 +210,17 @@ def test_the_l2_ball_in_a_box_under_vmap_and_with_several_leaves():
     np.testing.assert_allclose(cube["b"], split(want)["b"])
 
 
+def test_a_box_of_several_leaves_has_bounds_like_x_or_scalar_ones():
+    """Regression: scalar bounds of a tree were refused."""
+    x = {"a": jnp.array([[-3.0, 0.1]]), "b": [jnp.array([[5.0]], jnp.float32)]}
+    lower = {"a": jnp.array([[-2.0, 0.2]]), "b": [jnp.array([[-1.0]])]}
+    p = projections.box(x, lower, 0.5)
+    np.testing.assert_allclose(p["a"], [[-2.0, 0.2]])
+    np.testing.assert_allclose(p["b"][0], [[0.5]])
+    assert p["b"][0].dtype == jnp.float32
+    np.testing.assert_allclose(projections.box(x, -1.0, 0.5)["a"], [[-1.0, 0.1]])
+
+
 def test_edges_of_the_l2_ball_in_a_box():
     """A point for a ball, a box without room, x at zero: finite with finite derivatives."""
     x = jnp.array([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [-3.0, 4.0]])
