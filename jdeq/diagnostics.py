@@ -233,7 +233,9 @@ def _diagnose(
         ),
         state_radius=state_radius,
         state_relaxation=_best_relaxation(radii),
-        augmented_radius=_augmented_radius(pure, given, at, (step, scale), keys[3], dimension),
+        augmented_radius=_augmented_radius(
+            pure, given, at, (step, _bend(reduced, keys[0])), keys[3], dimension
+        ),
         step_size=step,
         kernel_condition=ratio(kernel.largest, kernel.smallest),
         pl_constant=jnp.maximum(kernel.smallest, 0),
@@ -257,11 +259,29 @@ def _augmented_radius(
     key: Array,
     dimension: int,
 ) -> Array:
-    """Of ``(f, P(x - step g), A)``, whose eigenvalues do not depend on the unit of mu."""
-    step, scale = units
-    at = at._replace(mu=_tree.scale(1 / scale, at.mu))
+    """Of ``(f, P(x - step g), A)``, whose eigenvalues do not depend on the units of mu and x.
+
+    In these units each block moves the next one alike: in others, rounding in float32 drowns them.
+    """
+    step, bend = units
+    at = at._replace(mu=_tree.scale(1 / bend, at.mu))
     run = JointRun(pure, Polished(), LoopOptions(1))
-    inputs = (given.target, given.rest, Units(scale, jnp.sqrt(step * scale)))
+    length = jnp.sqrt(step * bend)
+    inputs = (given.target, given.rest, Units(bend, length))
     _, push = jax.linearize(lambda at: run.augmented_map(given.theta, inputs, at), at)
+    unit = jnp.where(length > 0, length, 1)
+
+    def balanced(v: AugmentedState) -> AugmentedState:
+        image = push(v._replace(x=_tree.scale(unit, v.x)))
+        return image._replace(x=_tree.scale(1 / unit, image.x))
+
     start = _tree.normal_like(key, at)
-    return _spectrum.spectral_radius(push, start, dimension=dimension)
+    return _spectrum.spectral_radius(balanced, start, dimension=dimension)
+
+
+def _bend(reduced: Reduced, key: Array) -> Array:
+    """How much the adjoint equation's right-hand side changes with the state, or 1, ``[B]``."""
+    v = _tree.normal_like(key, reduced.z)
+    by_z, _ = reduced.curvature(v, _tree.zeros_like(reduced.x))
+    bend = _tree.norm(by_z) / _tree.norm(v)
+    return jnp.where(jnp.isfinite(bend) & (bend > 0), bend, 1)

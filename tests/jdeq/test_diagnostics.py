@@ -88,6 +88,20 @@ def test_every_number_has_its_closed_form(constraint, scale):
         assert np.all(block <= 1e-9)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e4])
+def test_the_joint_radius_does_not_depend_on_units_in_float32(unit):
+    """Of an x of 1e-6 or 1e4, far from the optimum. Regression: it was wrong by up to fourfold."""
+    o = problems.optimum(seed=1)
+    moved = {"U": o.params["U"] / unit, "weight": o.params["weight"] / unit**2}
+    arguments = ({**o.params, **moved}, *o.arguments[2:])
+    single = jax.tree.map(lambda v: v.astype(jnp.float32), arguments)
+    for share in (0.5, 1.4):
+        step = share / float(np.linalg.eigvalsh(matrices(o)[3])[-1])
+        d = jdeq.diagnose(o.problem, *single, step_size=step * unit**2, max_steps=5)
+        want = radius(joint_matrix(o, step, np.eye(problems.M)))
+        np.testing.assert_allclose(d.augmented_radius, want, rtol=1e-4)
+
+
 def test_of_a_solution_that_is_there_and_its_residuals():
     o = problems.optimum()
     s = jdeq.joint_solve(*o.arguments, max_steps=15)
