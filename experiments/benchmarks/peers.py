@@ -261,7 +261,7 @@ def loosest(measure: Callable[[float], float], scale: Scale) -> tuple[float, flo
 
 
 def check_agreement(entries: list[Entry], runs: dict[str, Callable[[], Any]]) -> None:
-    """Refuses to time programs whose gradients are not those of the others.
+    """Marks programs whose gradients are not those of the others: they are never the fastest.
 
     Leaves are compared by their norms, since the libraries lay them out differently.
     """

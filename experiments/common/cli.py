@@ -143,11 +143,9 @@ def _run(task: Task[Any], arguments: Arguments) -> None:
         if arguments.preset == _SMOKE:
             compile_quickly()
         _join(arguments)
+        mesh = make_mesh(arguments.model_devices)  # refuses before a directory is claimed
         run = _open(task, arguments)
-        with (
-            skip_non_finite(arguments.skip_non_finite),
-            use_mesh(make_mesh(arguments.model_devices)),
-        ):
+        with skip_non_finite(arguments.skip_non_finite), use_mesh(mesh):
             _execute(task, arguments, run)
     except UserError as error:
         _fail(str(error))

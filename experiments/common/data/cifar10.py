@@ -44,7 +44,7 @@ def _read_batch(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise missing("cifar10", f"cifar10/{_FOLDER}/{name}", root)
     content = _unpickle(path)
     try:
-        values, labels = np.asarray(content["data"]), np.asarray(content["labels"], np.int32)
+        values, labels = np.asarray(content["data"]), np.asarray(content["labels"])
     except (KeyError, TypeError, ValueError) as error:
         raise damaged("cifar10", path, "lacks the entries `data` and `labels`") from error
     if values.dtype != np.uint8 or values.ndim != 2 or values.shape[1] != _VALUES:
@@ -56,7 +56,9 @@ def _read_batch(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         )
     if labels.shape != (len(values),) or len(values) == 0:
         raise damaged("cifar10", path, f"has {labels.size} labels for {len(values)} images")
-    return values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise damaged("cifar10", path, "has labels that are no numbers of classes, from 0")
+    return values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels.astype(np.int32)
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -205,3 +205,4 @@ def test_options_that_make_no_sense_alone_are_refused(tmp_path, capsys):
         small_run.TASK, capsys, "train", "--run-dir", tmp_path / "run", "--model-devices", 2
     )
     assert "cannot be divided into groups of 2" in message
+    assert not (tmp_path / "run").exists()

@@ -162,6 +162,8 @@ def test_cifar10_has_channels_last_and_the_published_batches(tmp_path):
         (pickle.dumps({"data": np.zeros((2, 100), np.uint8), "labels": [1, 2]}), "shape"),
         (pickle.dumps({"data": np.zeros((2, 3072), np.float32), "labels": [1, 2]}), "float32"),
         (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}), "1 labels for 2"),
+        (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, -1]}), "no numbers"),
+        (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 1.7]}), "no numbers"),
         (pickle.dumps({"labels": [1]}), "lacks the entries"),
         (pickle.dumps([1, 2]), "lacks the entries"),
     ],
