@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jdeq import _options
+from jdeq._shards import vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints.base import JointAdjoint
 from jdeq.adjoints.state_implicit import StateImplicit
@@ -137,6 +138,7 @@ def _best_of_starts(
     loop: LoopOptions,
 ) -> Solution:
     """One compiled program a problem, set of options and shapes, also for eager calls."""
+    arguments, controls, probe = vary_alike((arguments, controls, probe))
     params, target, rest, start = arguments
     starts, count = jax.tree.leaves(start.x)[0].shape[:2]
     first = jax.tree.map(lambda leaf: leaf[0], start.x)

@@ -74,6 +74,9 @@ METHODS = {
     "polished": jdeq.joint_solve,
     "nested": partial(jdeq.nested_solve, optimizer=optax.adam(0.05)),
     "KKT": partial(jdeq.joint_solve, adjoint=adjoints.KKTImplicit(), max_steps=300),
+    "starts": lambda inputs, params, target, x0, z0: jdeq.joint.best_of_starts(
+        inputs, params, target, jnp.stack([x0, x0 + 1]), z0
+    ),
 }
 
 
