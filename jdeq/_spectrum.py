@@ -22,7 +22,10 @@ _POWERS = 2
 """Steps of power iteration before the Krylov space, in dimensions of that."""
 
 _ROUNDING = 100
-"""What is left of a vector after Gram-Schmidt is rounding below this many units of it."""
+"""What is left of a vector after Gram-Schmidt is rounding below this many units of it..."""
+
+_MOST_ROUNDING = 0.01
+"""...and below this share of it at most: in bfloat16, whole vectors have fewer units than that."""
 
 
 class _Arnoldi(NamedTuple):
@@ -139,6 +142,7 @@ def _arnoldi(matvec: Callable[[PyTree], PyTree], start: PyTree, dimension: int) 
     count, eps = first.shape[0], jnp.finfo(first.dtype).eps
     for leaf in jax.tree.leaves(start):
         eps = max(eps, jnp.finfo(leaf.dtype).eps)
+    rounding = min(_ROUNDING * float(eps), _MOST_ROUNDING)
     basis = jnp.zeros((count, dimension + 1, first.shape[1]), first.dtype).at[:, 0].set(first)
     projected = jnp.zeros((count, dimension, dimension), first.dtype)
     used = jnp.any(first != 0, axis=1).astype(jnp.int32)
@@ -152,7 +156,7 @@ def _arnoldi(matvec: Callable[[PyTree], PyTree], start: PyTree, dimension: int) 
             w -= jnp.einsum("bmn,bm->bn", state.basis, along, precision=lax.Precision.HIGHEST)
             column += along
         length = jnp.linalg.norm(w, axis=1)
-        alive = length > _ROUNDING * eps * whole
+        alive = length > rounding * whole
         column = column.at[:, j + 1].set(jnp.where(alive, length, 0))
         w *= jnp.where(alive, 1 / jnp.where(alive, length, 1), 0)[:, None]
         return _Arnoldi(

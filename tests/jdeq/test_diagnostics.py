@@ -102,6 +102,19 @@ def test_the_joint_radius_does_not_depend_on_units_in_float32(unit):
         np.testing.assert_allclose(d.augmented_radius, want, rtol=1e-4)
 
 
+def test_bfloat16_has_the_numbers_of_its_problem():
+    """Regression: one Krylov vector passed for the whole space, and steps of 1.7 for stable."""
+    o = problems.optimum()
+    half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (o.params, *o.arguments[2:]))
+    d = jdeq.diagnose(o.problem, *half, max_steps=100)
+    W, _, R, H = matrices(o)
+    singular, curvature = np.linalg.svd(R, compute_uv=False), np.linalg.eigvalsh(H)
+    np.testing.assert_allclose(d.state_radius, radius(W), rtol=0.05)
+    np.testing.assert_allclose(d.hessian_smallest, curvature[0], rtol=0.05)
+    np.testing.assert_allclose(d.largest_stable_step, 2 / curvature[-1], rtol=0.05)
+    np.testing.assert_allclose(d.kernel_condition, (singular[0] / singular[-1]) ** 2, rtol=0.1)
+
+
 def test_of_a_solution_that_is_there_and_its_residuals():
     o = problems.optimum()
     s = jdeq.joint_solve(*o.arguments, max_steps=15)
