@@ -186,7 +186,8 @@ def _of_steps(diagnosis: Diagnosis) -> list[str]:
 def _of_curvature(diagnosis: Diagnosis) -> list[str]:
     negative = _negative(diagnosis)
     condition = _array(diagnosis.hessian_condition)
-    ill = (condition > _ILL_CONDITIONED) & ~negative
+    # Where nothing is curved there is nothing to be ill-conditioned: a constraint holds x.
+    ill = (condition > _ILL_CONDITIONED) & ~negative & (_array(diagnosis.hessian_largest) > 0)
     found = []
     if np.any(negative):
         found.append(

@@ -239,6 +239,16 @@ def test_the_advice_names_what_is_wrong(sick, says):
     assert says in str(d)
 
 
+def test_an_objective_without_curvature_is_not_called_ill_conditioned():
+    o = problems.optimum("box")
+    linear = dataclasses.replace(
+        o.problem, objective=lambda _, z, x, target: jnp.sum(z * target, 1)
+    )
+    d = jdeq.diagnose(linear, *o.arguments[1:])
+    np.testing.assert_array_equal(d.hessian_largest, 0)
+    assert not any("ill-conditioned" in sentence for sentence in d.advice), d.advice
+
+
 def test_a_step_that_is_too_long_is_named():
     d = toy()
     long = dataclasses.replace(d, step_size=d.largest_stable_step * jnp.array([0.9, 1.1]))
