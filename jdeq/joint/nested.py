@@ -37,7 +37,8 @@ class InnerSolve:
 
     Attributes:
         solver: one of ``jdeq.solvers``.
-        max_steps: steps at each input, at least 1.
+        max_steps: steps at each input, at least 1. The first measures the start: with a limit of 1
+            nothing is solved.
         rtol: relative tolerance at which a problem stops early; 0 never does.
         warm_start: whether to start from the solution at the last input instead of the start.
 
