@@ -161,6 +161,8 @@ def judge(
     code = jnp.where(stagnated, jnp.int32(Result.stagnated), jnp.int32(Result.max_steps))
     code = jnp.where(diverged, jnp.int32(Result.diverged), code)
     code = jnp.where(finite, code, jnp.int32(Result.non_finite))
+    thrown = (diverged | ~finite) & _is_settled(standing)
+    code = jnp.where(thrown, jnp.int32(Result.stagnated), code)
     code = jnp.where(finite & report.converged, jnp.int32(Result.converged), code)
     best_guard = standing.best_guard
     if best_guard is not None and report.guard is not None:
@@ -182,6 +184,16 @@ def _all_finite(report: Report) -> Array:
     for leaf in leaves[1:]:
         finite &= jnp.isfinite(leaf)
     return finite
+
+
+def _is_settled(standing: Standing) -> Array:
+    """Whether the best merit is so far below the usual one that half of its digits are found.
+
+    What runs away from there was thrown by rounding, as by secants between equal iterates: the best
+    iterate is a solution to the digits that it has, which no divergence takes back.
+    """
+    half = float(jnp.finfo(standing.best_merit.dtype).eps) ** 0.5
+    return jnp.abs(standing.best_merit) < half * standing.usual_merit
 
 
 def _choose(

@@ -99,10 +99,11 @@ def correction_iterates(
         fold=Fold(_Keep(tuple(at)), ((z0,) * len(at), jnp.zeros(count, jnp.int32))),
     )
     kept, last = solution.aux.folded
-    diverged = solution.result == Result.diverged
+    # Where the solver threw its last iterate far away.
+    ended = (solution.result == Result.diverged) | (solution.result == Result.stagnated)
     value = jax.lax.stop_gradient(solution.value)
     taken = [
-        _tree.select(diverged & (step >= last), value, z) for step, z in zip(at, kept, strict=True)
+        _tree.select(ended & (step >= last), value, z) for step, z in zip(at, kept, strict=True)
     ]
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *taken)
     repeated = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(at)), (x, data))

@@ -184,6 +184,18 @@ def test_diverges_once_out_of_proportion_and_keeps_the_best():
     assert solution.value.tolist() == [2, 4]  # the runaway iterate is not trusted, merit or not
 
 
+def test_what_is_thrown_off_its_solution_has_not_diverged():
+    """Regression: it was, at the rounding floor of secants, and its gradient was taken for zero."""
+    found = [9.0, 1.0, 1e-9, 1e-9, 9.0]
+    lost = [9.0, 1.0, 1e-6, 1e-6, 9.0]
+    merits = script(found, lost, [*found[:4], np.nan], [*lost[:4], np.nan])
+    far = [1, 1, 1, 1, 2 * DIVERGENCE_FACTOR]
+    solution, _ = play(merits, sizes=script(far, far, far[:4], far[:4]), max_steps=6)
+    stagnated = Result.stagnated
+    assert solution.result.tolist() == [stagnated, Result.diverged, stagnated, Result.non_finite]
+    assert solution.value.tolist() == [2, 2, 2, 2]
+
+
 def test_a_start_at_zero_is_no_yardstick():
     """Regression: sizes were compared with the first alone, so that all after zero was large."""
     rows = {"sizes": [[0.0], [0.1], [1e3], [1e8], [1e8]]}
