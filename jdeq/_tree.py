@@ -40,10 +40,11 @@ def norm(tree: PyTree) -> Array:
     return jnp.sqrt(dot(tree, tree))
 
 
-def binade(tree: PyTree) -> Array:
-    """The power of two below each problem's largest entry; one where that is zero or not finite.
+def in_range(tree: PyTree) -> tuple[Array, PyTree]:
+    """``(unit, tree / unit)``, whose norm neither overflows nor underflows.
 
-    Divided by it, which loses no digit, a tree has a norm that neither overflows nor underflows.
+    ``unit [B]`` is the power of two below each problem's largest entry, so that no digit is lost,
+    and one where that is zero or not finite.
     """
 
     def leaf(v: Array) -> Array:
@@ -52,7 +53,10 @@ def binade(tree: PyTree) -> Array:
 
     largest = functools.reduce(jnp.maximum, map(leaf, jax.tree.leaves(jax.lax.stop_gradient(tree))))
     largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    return largest / (2 * jnp.frexp(largest)[0])
+    # The reciprocal of a larger unit would be a subnormal number, which XLA takes for zero.
+    greatest = 1 / jnp.finfo(largest.dtype).tiny
+    unit = jnp.minimum(largest / (2 * jnp.frexp(largest)[0]), greatest)
+    return unit, scale(1 / unit, tree)
 
 
 def expand(mask: Array, leaf: Array) -> Array:

@@ -126,8 +126,7 @@ class Implicit(BackwardOptions):
         backward = Equilibrium(bind, self.run_options(equilibrium.options))
         # The equation is linear: it is solved for a cotangent whose norm does not leave the range
         # of the dtype.
-        unit = _tree.binade(cotangent)
-        v = _tree.scale(1 / unit, cotangent)
+        unit, v = _tree.in_range(cotangent)
         start = v if start is None else _tree.scale(1 / unit, start)
         controls = self.controls(controls, _tree.norm(v))
         found = self.solve(backward, theta, (inputs, z, v), start, controls, None)

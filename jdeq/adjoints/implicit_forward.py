@@ -113,8 +113,7 @@ class ImplicitForward(BackwardOptions):
         options = dataclasses.replace(self.run_options(equilibrium.options), compaction=0)
         at = Equilibrium.of(step, options)
         # As in `Implicit`, for a right-hand side whose norm is within the range of the dtype.
-        unit = _tree.binade(b)
-        b = _tree.scale(1 / unit, b)
+        unit, b = _tree.in_range(b)
         found = at.run(captured, b, b, self.controls(controls, _tree.norm(b)))
         u = base.mask_problems(base.failed(found.result), found.value)
         return _tree.scale(unit, u)

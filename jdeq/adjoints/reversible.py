@@ -137,8 +137,8 @@ class Reversible:
     ) -> tuple[PyTree, PyTree, Solution]:
         record: Record = base.donate(base.failed(solution.result), solution.aux.memory)
         rtol = controls.rtol + controls.atol if self.rtol is None else self.rtol
-        unit = _tree.binade(v)
-        tolerance = jnp.asarray(rtol) * _tree.norm(_tree.scale(1 / unit, v))
+        unit, direction = _tree.in_range(v)
+        tolerance = jnp.asarray(rtol) * _tree.norm(direction)
         below, index = record.before_solution(solution)
         floats, rebuild = _split(theta)
         input_floats, rebuild_inputs = _split(inputs)

@@ -105,8 +105,7 @@ class Shine:
     ) -> tuple[PyTree, PyTree, Solution | None]:
         bad = base.failed(solution.result)
         memory = jax.lax.stop_gradient(base.donate(bad, solution.aux.memory))
-        unit = _tree.binade(v)
-        direction = _tree.scale(1 / unit, v)
+        unit, direction = _tree.in_range(v)
         u = solver.transposed_inverse(memory, direction)
         limit = jnp.inf if self.fallback is None else self.fallback * _tree.norm(direction)
         size = _tree.norm(u)

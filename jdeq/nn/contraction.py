@@ -39,8 +39,7 @@ def spectral_norm(kernel: Array, *, iterations: int = _ITERATIONS) -> Array:
         )
 
     # Squares of very small and very large entries would leave the range of the dtype.
-    unit = _tree.binade(kernel[None]).astype(kernel.dtype)[0]
-    kernel = kernel / unit
+    (unit,), (kernel,) = _tree.in_range(kernel[None])
 
     def step(_: Array, direction: Array) -> Array:
         moved = kernel.T @ (kernel @ direction)
@@ -49,7 +48,7 @@ def spectral_norm(kernel: Array, *, iterations: int = _ITERATIONS) -> Array:
 
     first = jax.random.normal(jax.random.key(0), kernel.shape[1:], kernel.dtype)
     direction = jax.lax.fori_loop(0, iterations, step, first / jnp.linalg.norm(first))
-    return unit * jnp.linalg.norm(kernel @ direction)
+    return unit.astype(kernel.dtype) * jnp.linalg.norm(kernel @ direction)
 
 
 def limit_spectral_norm(

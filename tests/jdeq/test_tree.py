@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jdeq import _tree
 
@@ -25,10 +26,22 @@ def test_products_and_norms_run_over_all_leaves_of_a_problem():
     np.testing.assert_allclose(_tree.norm(a), np.linalg.norm(flat(a), axis=1))
 
 
-def test_the_binade_of_a_problem():
+def test_a_problem_in_range():
     a = jnp.array([[0.0, 0.0], [3.0, -5.0], [1e-200, 0.0], [-1e200, 1.0], [jnp.nan, 2.0]])
-    unit = _tree.binade({"a": a, "b": jnp.full((5, 1), 1e-300), "c": jnp.zeros((5, 0))})
+    tree = {"a": a, "b": jnp.full((5, 1), 1e-300), "c": jnp.zeros((5, 0))}
+    unit, scaled = _tree.in_range(tree)
     assert unit.tolist() == [2.0**-997, 4.0, 2.0**-665, 2.0**664, 1.0]
+    np.testing.assert_array_equal(scaled["a"], a / unit[:, None])
+    np.testing.assert_array_equal(scaled["b"], tree["b"] / unit[:, None])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_largest_numbers_in_range(dtype):
+    """Regression: the reciprocal of their power of two is subnormal, and they became zero."""
+    tree = jnp.full((1, 2), jnp.finfo(dtype).max)
+    unit, scaled = jax.jit(_tree.in_range)(tree)
+    assert 1 <= float(_tree.norm(scaled)[0]) < 8
+    np.testing.assert_array_equal(scaled * unit.astype(dtype)[:, None], tree)
 
 
 def test_sums_of_narrow_dtypes_are_taken_in_float32():
