@@ -43,8 +43,8 @@ def norm(tree: PyTree) -> Array:
 def in_range(tree: PyTree) -> tuple[Array, PyTree]:
     """``(unit, tree / unit)``, whose norm neither overflows nor underflows.
 
-    ``unit [B]`` is the power of two below each problem's largest entry, so that no digit is lost,
-    and one where that is zero or not finite.
+    ``unit [B]`` is the power of two nearest to each problem's largest entry, so that no digit is
+    lost, and one where that is zero or not finite.
     """
 
     def leaf(v: Array) -> Array:
@@ -54,8 +54,8 @@ def in_range(tree: PyTree) -> tuple[Array, PyTree]:
     largest = functools.reduce(jnp.maximum, map(leaf, jax.tree.leaves(jax.lax.stop_gradient(tree))))
     largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
     # The reciprocal of a larger unit would be a subnormal number, which XLA takes for zero.
-    greatest = 1 / jnp.finfo(largest.dtype).tiny
-    unit = jnp.minimum(largest / (2 * jnp.frexp(largest)[0]), greatest)
+    info = jnp.finfo(largest.dtype)
+    unit = jnp.minimum(jax.lax.reduce_precision(largest, info.nexp, 0), 1 / info.tiny)
     return unit, scale(1 / unit, tree)
 
 

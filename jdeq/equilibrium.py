@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -116,6 +117,7 @@ class Equilibrium:
             (inputs, tolerances),
             z0,
             options.solver.init(z0) if controls.memory is None else controls.memory,
+            report=jax.eval_shape(_report, z0, z0, tolerances),
             max_steps=options.max_steps,
             budget=controls.budget,
             record=options.record,
@@ -130,19 +132,24 @@ class Equilibrium:
 
         def step(z: PyTree, memory: PyTree, k: Array) -> tuple[PyTree, PyTree, Report]:
             fz = f(z)
-            size = _tree.norm(fz)
-            residual = _tree.norm(_tree.subtract(fz, z))
-            converged = within_tolerance(residual, size, controls)
-            spent = None
+            report = _report(z, fz, controls)
             if isinstance(solver, MapSolver):
-                z_next, memory, products = solver.step_with_map(f, z, fz, memory, k, ~converged)
-                spent = 1 + products
+                z_next, memory, products = solver.step_with_map(
+                    f, z, fz, memory, k, ~report.converged
+                )
+                report = report._replace(evaluations=1 + products)
             else:
                 z_next, memory = solver.step(z, fz, memory, k)
-            report = Report(residual, converged, residual, None, size + residual, spent)
             return z_next, memory, report
 
         return step
+
+
+def _report(z: PyTree, fz: PyTree, controls: Controls) -> Report:
+    size = _tree.norm(fz)
+    residual = _tree.norm(_tree.subtract(fz, z))
+    converged = within_tolerance(residual, size, controls)
+    return Report(residual, converged, residual, None, size + residual)
 
 
 def _tolerances(controls: Controls, count: int) -> Controls:

@@ -77,6 +77,7 @@ def iterate(
     start: PyTree,
     memory: PyTree,
     *,
+    report: Report,
     max_steps: int,
     budget: Array | None = None,
     record: Record = False,
@@ -103,6 +104,7 @@ def iterate(
         context: what the step needs to know of each problem, every leaf ``[B, ...]``.
         start: first iterate, every leaf ``[B, ...]``.
         memory: the method's memory at the start, every leaf ``[B, ...]``.
+        report: shapes and dtypes of what a step reports; tracing one for them takes long.
         max_steps: static limit on the number of steps, at least 1.
         budget: further limit known at run time only, int scalar.
         record: whether to keep the history; a function of the iterate is recorded besides, if
@@ -122,10 +124,7 @@ def iterate(
     """
     limit = step_limit(max_steps, budget)
     context, start, memory = vary_alike((context, start, memory))
-    report_shape = jax.eval_shape(
-        lambda c, s, m: prepare(c)(s, m, jnp.zeros((), jnp.int32))[2], context, start, memory
-    )
-    carry = _start(start, memory, report_shape, max_steps, record, fold, compaction)
+    carry = _start(start, memory, report, max_steps, record, fold, compaction)
 
     def loop(context: PyTree, carry: _Carry, least: int) -> _Carry:
         step = prepare(context)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _tree
+from jdeq._standing import Report
 from jdeq.equilibrium import Controls, within_tolerance
 from jdeq.joint.problem import PureProblem, Theta
 
@@ -70,6 +71,11 @@ class Evaluation(NamedTuple):
     def adjoint(self) -> PyTree:
         """``(df/dz)^T mu + dl/dz``, like z."""
         return _tree.add(self.pulled, self.slope)
+
+
+def shapes(at: AugmentedState, objective: Array) -> Evaluation:
+    """Arrays of the shapes and dtypes of an evaluation at ``at``, in its places."""
+    return Evaluation(at.z, at.z, at.z, at.x, objective)
 
 
 def evaluate(
@@ -139,6 +145,26 @@ def _evaluate(
     at = at._replace(mu=whole_adjoint(slope))
     pulled, cell_x = pull_back(at.mu)
     return at, Evaluation(fz, pulled, slope, _tree.add(cell_x, loss_x), objective)
+
+
+def report(
+    pure: PureProblem,
+    theta: Theta,
+    rest: tuple,
+    at: AugmentedState,
+    evaluation: Evaluation,
+    first_objective: Array,
+    controls: Controls,
+) -> Report:
+    """What an evaluation says of ``at``: of its iterates near equilibrium, the lowest objective."""
+    residual = kkt_residual(pure, theta, rest, at, evaluation, first_objective)
+    return Report(
+        residual=residual,
+        converged=meets_tolerance(residual, evaluation, controls),
+        merit=evaluation.objective,
+        guard=guard(residual, evaluation, controls),
+        size=size(residual, evaluation),
+    )
 
 
 def kkt_residual(

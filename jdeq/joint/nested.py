@@ -21,7 +21,7 @@ from jdeq.iterate import Step, iterate
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState
 from jdeq.joint.descent import check_optimizer
-from jdeq.joint.problem import InputProblem, PureProblem, purify
+from jdeq.joint.problem import InputProblem, PureProblem, Theta, purify
 from jdeq.joint.run import Given, JointAux, LoopOptions, objective_zeros, projection
 from jdeq.joint.solve import check_arguments
 from jdeq.solution import Solution, constant_but_value
@@ -197,14 +197,22 @@ class NestedRun:
             target, rest, start = context
             return self._step(Given(given.theta, target, rest), start, controls)
 
-        memory = _Memory(
-            jax.vmap(self.method.optimizer.init)(start.x), objective_zeros(self.pure, given, start)
-        )
+        zeros = objective_zeros(self.pure, given, start)
+        memory = _Memory(jax.vmap(self.method.optimizer.init)(start.x), zeros)
         solution, _ = iterate(
             prepare,
             (given.target, given.rest, start),
             start,
             memory,
+            report=jax.eval_shape(
+                functools.partial(_report, self.pure),
+                given.theta,
+                given.rest,
+                start,
+                augmented.shapes(start, zeros),
+                zeros,
+                controls,
+            ),
             max_steps=self.loop.max_steps,
             budget=controls.budget,
             record=self.loop.history,
@@ -223,18 +231,9 @@ class NestedRun:
             state, spent = self._infer(given, start, state)
             evaluation = augmented.evaluate(self.pure, given.theta, given.target, given.rest, state)
             first = jnp.where(k == 0, evaluation.objective, memory.first_objective)
-            residual = augmented.kkt_residual(
-                self.pure, given.theta, given.rest, state, evaluation, first
-            )
-            report = Report(
-                residual=residual,
-                converged=augmented.meets_tolerance(residual, evaluation, controls),
-                merit=_merit(state, evaluation),
-                guard=None,
-                size=augmented.size(residual, evaluation),
-                evaluations=spent + 1,
-                refined=state,
-            )
+            report = _report(
+                self.pure, given.theta, given.rest, state, evaluation, first, controls
+            )._replace(evaluations=spent + 1, refined=state)
             updates, moments = jax.vmap(self.method.optimizer.update)(
                 evaluation.gradient, memory.optimizer, state.x
             )
@@ -266,6 +265,20 @@ class NestedRun:
         mu0 = state.mu if backward.warm_start else start.mu
         adjoint = adjoint_map.run(theta, inputs, mu0, Controls(backward.rtol, 0.0))
         return AugmentedState(z, state.x, adjoint.value), inner.steps + adjoint.steps
+
+
+def _report(
+    pure: PureProblem,
+    theta: Theta,
+    rest: tuple,
+    at: AugmentedState,
+    evaluation: augmented.Evaluation,
+    first_objective: Array,
+    controls: Controls,
+) -> Report:
+    """What is thought of ``at``, whose state is an equilibrium up to the inner tolerance."""
+    report = augmented.report(pure, theta, rest, at, evaluation, first_objective, controls)
+    return report._replace(merit=_merit(at, evaluation), guard=None)
 
 
 def _merit(state: AugmentedState, evaluation: augmented.Evaluation) -> Array:

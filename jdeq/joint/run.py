@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _options, _tree
-from jdeq._standing import Report
 from jdeq.equilibrium import Controls
 from jdeq.iterate import Step, iterate, step_limit
 from jdeq.joint import augmented
@@ -131,6 +131,15 @@ class JointRun:
             (given.target, given.rest, first_objective),
             start,
             memory,
+            report=jax.eval_shape(
+                partial(augmented.report, self.pure),
+                given.theta,
+                given.rest,
+                start,
+                augmented.shapes(start, first_objective),
+                first_objective,
+                controls,
+            ),
             max_steps=self.loop.max_steps,
             budget=controls.budget,
             record=self.loop.history,
@@ -184,27 +193,19 @@ class JointRun:
                 complete = (k == 0) & (_tree.norm(state.mu) > 0) | (k == limit - 1)
                 exact = memory.confirm | complete
                 state, evaluation = augmented.evaluate_ahead(*place, ahead, exact, complete)
-            residual = augmented.kkt_residual(
-                self.pure, given.theta, given.rest, state, evaluation, first_objective
+            report = augmented.report(
+                self.pure, given.theta, given.rest, state, evaluation, first_objective, controls
             )
-            met = augmented.meets_tolerance(residual, evaluation, controls)
             constrained = self.pure.project is not None
             context = Context(k, limit, first_objective, project, constrained)
             new_state, method_memory = self.method.step(
-                state, evaluation, residual, memory.method, context
+                state, evaluation, report.residual, memory.method, context
             )
-            confirm = met & ~exact
+            confirm = report.converged & ~exact
             if ahead is not None:
                 new_state = new_state._replace(x=_tree.select(confirm, state.x, new_state.x))
                 method_memory = _tree.select(confirm, memory.method, method_memory)
-            report = Report(
-                residual=residual,
-                converged=met & exact,
-                merit=evaluation.objective,
-                guard=augmented.guard(residual, evaluation, controls),
-                size=augmented.size(residual, evaluation),
-                refined=state,
-            )
+            report = report._replace(converged=report.converged & exact, refined=state)
             return new_state, _Memory(method_memory, confirm), report
 
         return step

@@ -49,7 +49,8 @@ def play(merits, *, guards=None, sizes=None, evaluations=None, tolerance=-1.0, *
     def run():
         start = jnp.zeros(merits.shape[1], jnp.int32)
         columns = jnp.arange(merits.shape[1])
-        return iterate(prepare, columns, start, jnp.zeros_like(start), **options)
+        report = jax.eval_shape(lambda: prepare(columns)(start, start, 0)[2])
+        return iterate(prepare, columns, start, start, report=report, **options)
 
     return run()
 
@@ -265,7 +266,9 @@ class TestGuard:
             row = jnp.asarray(merits)[k]
             return position + 1, memory, Report(row, jnp.array([k == 2]), row, row, row + 1)
 
-        solution, _ = iterate(lambda _: step, (), jnp.zeros(1, jnp.int32), (), max_steps=9)
+        start = jnp.zeros(1, jnp.int32)
+        report = jax.eval_shape(lambda: step(start, (), 0)[2])
+        solution, _ = iterate(lambda _: step, (), start, (), report=report, max_steps=9)
         assert solution.value.tolist() == [2]
         assert solution.result.tolist() == [Result.converged]
 
@@ -310,8 +313,10 @@ def test_a_refined_iterate_is_what_is_kept_and_recorded():
         report = Report(row, row < 0, row, None, row, refined=position + 100)
         return position + 1, memory, report
 
+    start = jnp.zeros(1, jnp.int32)
+    report = jax.eval_shape(lambda: step(start, (), jnp.zeros((), jnp.int32))[2])
     solution, _ = iterate(
-        lambda _: step, (), jnp.zeros(1, jnp.int32), (), max_steps=3, record=lambda s: s
+        lambda _: step, (), start, (), report=report, max_steps=3, record=lambda s: s
     )
     assert solution.value.tolist() == [102]
     assert solution.history.record.tolist() == [[100], [101], [102]]
