@@ -16,8 +16,8 @@ class Result(enum.IntEnum):
     Attributes:
         converged: every residual is within its tolerance.
         max_steps: the step limit, or the step budget, came first.
-        stagnated: the residual stopped falling above the tolerance, as at the rounding floor; or it
-            had lost half of its dtype's digits before the iteration left for one of the two below.
+        stagnated: the residual stopped falling above the tolerance, as at the rounding floor; or
+            the iteration ran away, but after it had fallen by half the digits of its dtype.
         diverged: the residual grew out of all proportion to where it started.
         non_finite: an evaluation gave NaN or infinity.
     """
