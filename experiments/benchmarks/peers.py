@@ -12,7 +12,8 @@ may. What does not pass at any tolerance is listed with what it reached, and not
 Forward: every solver of every library. Gradient (in parameters and inputs): each library's fastest
 solver of the forward column that has a gradient, with each of its backward solvers. What is not
 installed is left out and said so. banax needs Python 3.12. torch computes with one thread or with
-all cores, whichever evaluates the cell faster at the start of each problem.
+all cores, whichever evaluates the cell faster at the start of each problem. Where JAX has several
+devices (`JAX_NUM_CPU_DEVICES=2` makes one of each of two cores), each holds a part of the batch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tyro
 
 from experiments.benchmarks import jax_solvers
 from experiments.benchmarks.jax_solvers import Scale
-from experiments.benchmarks.problems import PROBLEMS, Judge, Problem
+from experiments.benchmarks.problems import PROBLEMS, Judge, Problem, spread_over_devices
 from experiments.benchmarks.timing import in_turns, spread, surroundings
 
 GOAL = 1e-5
@@ -124,6 +125,7 @@ def main(options: Options) -> None:
     columns: dict[str, Any] = {}
     for name in options.problems:
         problem = PROBLEMS[name]() if options.batch is None else PROBLEMS[name](options.batch)
+        problem = spread_over_devices(problem)
         for contestant in contestants:
             contestant.prepare(problem)
         forward = forward_column(problem, contestants, options)

@@ -10,7 +10,7 @@ What does not depend on the state (the injection) is computed once before a solv
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.adversarial.model import PRESETS, Classifier, ClassifierConfig
 
@@ -155,6 +156,22 @@ def _scaled_cell(params: PyTree, z: Array, injected: PyTree) -> Array:
 
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {"dense": dense, "mnist": mnist, "uneven": uneven}
+
+
+def spread_over_devices(problem: Problem) -> Problem:
+    """The problem with its batch in equal parts on all devices that JAX sees."""
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), (AxisType.Auto,))
+    by_row, whole = (
+        NamedSharding(mesh, PartitionSpec("batch")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    return replace(
+        problem,
+        params=jax.device_put(problem.params, whole),
+        x=jax.device_put(problem.x, by_row),
+        z0=jax.device_put(problem.z0, by_row),
+        weights=jax.device_put(problem.weights, by_row),
+    )
 
 
 def row_norms(tree: PyTree) -> np.ndarray:
