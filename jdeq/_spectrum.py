@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jdeq import _tree
+from jdeq._shards import vary_alike
 
 PyTree = Any
 
@@ -103,7 +102,7 @@ def _radius(matrix: Array) -> Array:
     # Gelfand: ||A^n||^(1/n) tends to the radius. It needs no eigenvalue solver, which accelerators
     # lack for matrices that are not symmetric.
     zeros = jnp.zeros(matrix.shape[0], matrix.dtype)
-    return jnp.exp(lax.fori_loop(0, _SQUARINGS, square, (matrix, zeros))[1])
+    return jnp.exp(lax.fori_loop(0, _SQUARINGS, square, vary_alike((matrix, zeros)))[1])
 
 
 def extreme_eigenvalues(
@@ -138,7 +137,7 @@ def _normalised(v: PyTree) -> PyTree:
 
 
 def _arnoldi(matvec: Callable[[PyTree], PyTree], start: PyTree, dimension: int) -> _Arnoldi:
-    first = _flat(_normalised(start))
+    first = _rows(_normalised(start))
     count, eps = first.shape[0], jnp.finfo(first.dtype).eps
     for leaf in jax.tree.leaves(start):
         eps = max(eps, jnp.finfo(leaf.dtype).eps)
@@ -148,7 +147,7 @@ def _arnoldi(matvec: Callable[[PyTree], PyTree], start: PyTree, dimension: int) 
     used = jnp.any(first != 0, axis=1).astype(jnp.int32)
 
     def extend(j: Array, state: _Arnoldi) -> _Arnoldi:
-        w = _flat(matvec(_like(state.basis[:, j], start)))
+        w = _rows(matvec(_tree.split_like(state.basis[:, j], start)))
         whole = jnp.linalg.norm(w, axis=1)
         column = jnp.zeros((count, dimension + 1), w.dtype)
         for _ in range(2):
@@ -165,20 +164,11 @@ def _arnoldi(matvec: Callable[[PyTree], PyTree], start: PyTree, dimension: int) 
             used=state.used + alive,
         )
 
-    return lax.fori_loop(0, dimension, extend, _Arnoldi(basis, projected, used))
+    start_from = vary_alike(_Arnoldi(basis, projected, used))
+    return lax.fori_loop(0, dimension, extend, start_from)
 
 
-def _flat(tree: PyTree) -> Array:
+def _rows(tree: PyTree) -> Array:
     """All numbers of each problem in a row, ``[B, n]``, in the dtype of their inner products."""
-    leaves = jax.tree.leaves(tree)
-    rows = [v.reshape(v.shape[0], -1).astype(_tree.accumulation_dtype(v.dtype)) for v in leaves]
-    return jnp.concatenate(rows, axis=1)
-
-
-def _like(rows: Array, tree: PyTree) -> PyTree:
-    """Undoes ``_flat``."""
-    leaves, structure = jax.tree.flatten(tree)
-    ends = np.cumsum([math.prod(v.shape[1:]) for v in leaves])[:-1]
-    parts = jnp.split(rows, ends, axis=1)
-    shaped = [p.reshape(v.shape).astype(v.dtype) for p, v in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(structure, shaped)
+    rows = _tree.join(tree)
+    return rows.astype(_tree.accumulation_dtype(rows.dtype))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jdeq._shards import vary_alike
 
 PyTree = Any
 
@@ -21,6 +24,11 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def problem_count(tree: PyTree) -> int:
     """Size B of the problem axis, read from the first leaf."""
     return jax.tree.leaves(tree)[0].shape[0]
+
+
+def entries(leaf: Array) -> int:
+    """How many numbers of ``leaf`` each problem has."""
+    return math.prod(leaf.shape[1:])
 
 
 def dot(a: PyTree, b: PyTree) -> Array:
@@ -105,14 +113,14 @@ def join(tree: PyTree) -> Array:
     """The leaves of each problem side by side, ``[B, n]``, in their common dtype."""
     leaves = jax.tree.leaves(tree)
     dtype = jnp.result_type(*leaves)
-    flat = [leaf.reshape(leaf.shape[0], leaf[0].size).astype(dtype) for leaf in leaves]
+    flat = [leaf.reshape(leaf.shape[0], entries(leaf)).astype(dtype) for leaf in leaves]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
 
 
 def split_like(joined: Array, other: PyTree) -> PyTree:
     """The tree like ``other`` whose ``join`` is given."""
     leaves, structure = jax.tree.flatten(other)
-    ends = itertools.accumulate(leaf[0].size for leaf in leaves[:-1])
+    ends = itertools.accumulate(entries(leaf) for leaf in leaves[:-1])
     parts = jnp.split(joined, list(ends), axis=1)
     shaped = [p.reshape(v.shape).astype(v.dtype) for p, v in zip(parts, leaves, strict=True)]
     return jax.tree.unflatten(structure, shaped)
@@ -123,4 +131,4 @@ def normal_like(key: Array, tree: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     drawn = [jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+    return jax.tree.unflatten(structure, vary_alike((drawn, leaves))[0])

@@ -20,7 +20,7 @@ PyTree = Any
 
 def empty(z: PyTree, window: int) -> PyTree:
     """Zeros for ``window`` vectors like ``z``."""
-    return jax.tree.map(lambda v: jnp.zeros((v.shape[0], window, v[0].size), v.dtype), z)
+    return jax.tree.map(lambda v: jnp.zeros((v.shape[0], window, _tree.entries(v)), v.dtype), z)
 
 
 def write(windows: PyTree, new: PyTree, slot: Array) -> PyTree:
@@ -78,4 +78,4 @@ def combine(windows: PyTree, weights: Array, like: PyTree) -> PyTree:
 
 
 def _flat(leaf: Array) -> Array:
-    return leaf.reshape(leaf.shape[0], leaf[0].size)
+    return leaf.reshape(leaf.shape[0], _tree.entries(leaf))

@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jdeq import _advice, _options, _spectrum, _tree
 from jdeq._reduced import Range, Reduced, ratio, relative
+from jdeq._shards import automatic, vary_alike
 from jdeq.equilibrium import Controls
 from jdeq.joint import augmented
 from jdeq.joint.augmented import AugmentedState, KKTResidual
@@ -19,7 +20,7 @@ from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, purify
 from jdeq.joint.run import Given, JointRun, LoopOptions, Units
 from jdeq.joint.solve import check_arguments, joint_solve
-from jdeq.solution import Solution
+from jdeq.solution import Solution, places
 
 PyTree = Any
 
@@ -187,7 +188,14 @@ def _solution(
     return x0
 
 
+def _places(first: Any, second: Any) -> Diagnosis:
+    """See ``jdeq._shards.automatic``."""
+    numbers = [first] * (len(dataclasses.fields(Diagnosis)) - 1)
+    return Diagnosis(places(first, second), *numbers)
+
+
 @functools.partial(jax.jit, static_argnames=("problem", "dimension"))
+@automatic(_places)
 def _diagnose(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     solution: Solution,
@@ -196,6 +204,7 @@ def _diagnose(
     problem: InputProblem,
     dimension: int,
 ) -> Diagnosis:
+    arguments, solution, options = vary_alike((arguments, solution, options))
     params, target, rest, at = lax.stop_gradient(arguments)
     step_size, linear_rtol, key = options
     pure, theta = purify("diagnose", problem, params, target, at.x, at.z, rest)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _closures, _options, _tree
-from jdeq._shards import vary_alike
+from jdeq._shards import automatic, vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints.base import Adjoint
 from jdeq.adjoints.implicit import Implicit
 from jdeq.equilibrium import Controls, Equilibrium, RunOptions
 from jdeq.iterate import Fold
-from jdeq.solution import Solution, constant_but_value
+from jdeq.solution import Solution, constant_but_value, places
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
 
@@ -261,6 +261,7 @@ def _entry(
     jax.jit,
     static_argnames=("owner", "name", "function", "call", "adjoint", "options", "has_aux"),
 )
+@automatic(places)
 def _solve(
     arguments: tuple[PyTree, PyTree, PyTree],
     controls: Controls,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jdeq import _closures, _options, _tree
+from jdeq._shards import automatic, vary_alike
 from jdeq._standing import DIVERGENCE_FACTOR
 from jdeq.adjoints.base import donate, mask_problems
 from jdeq.corrections import correction_iterates, correction_loss
@@ -64,9 +65,10 @@ def jacobian_frobenius(
         draw = jax.vmap(_tree.normal_like)
     else:
         keys, draw = jax.random.split(key, probes), _tree.normal_like
+    params, z, x, data = vary_alike((params, z, x, data))
     rest = () if data is None else (data,)
     _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
-    dimension = sum(leaf[0].size for leaf in jax.tree.leaves(z))
+    dimension = sum(_tree.entries(leaf) for leaf in jax.tree.leaves(z))
 
     def estimate(key: Array) -> Array:
         (product,) = pull_back(draw(key, z))
@@ -123,14 +125,10 @@ def trajectory_frobenius(
     count = _options.problem_count(owner, "z0", z0)
     _options.check_batch(owner, "z0", count, x=x, data=data)
 
-    step_key, probe_key = jax.random.split(key)
-    length = jax.random.randint(step_key, (count,), least, most + 1)
     inputs = (x,) if data is None else (x, data)
-    z, failed = _run(owner, cell, params, inputs, z0, length, damping)
-    z, inputs = donate(failed, (z, inputs))
-    x, data = (*inputs, None)[:2]
-    penalty = jacobian_frobenius(cell, params, z, x, probe_key, data=data, probes=probes)
-    return mask_problems(failed, penalty)
+    return _at_random_iterates(
+        (params, inputs, z0), key, cell=cell, steps=(least, most), damping=damping, probes=probes
+    )
 
 
 def spectral_radius(
@@ -174,6 +172,7 @@ def spectral_radius(
         ValueError: if ``steps`` is below 2.
     """
     _options.check_count("spectral_radius", "steps", steps, least=2)
+    params, z, x, data = vary_alike((params, z, x, data))
     rest = () if data is None else (data,)
     _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
     skipped = steps // 2
@@ -196,8 +195,28 @@ def spectral_radius(
     return jnp.exp(jnp.sum(terms, axis=0))
 
 
+@automatic(lambda first, second: first)
+def _at_random_iterates(
+    arguments: tuple[PyTree, tuple, PyTree],
+    key: Array,
+    *,
+    cell: Callable[..., PyTree],
+    steps: tuple[int, int],
+    damping: float,
+    probes: int,
+) -> Array:
+    """The penalty of ``trajectory_frobenius`` for ``(params, inputs, z0)``."""
+    params, inputs, z0 = vary_alike(arguments)
+    step_key, probe_key = jax.random.split(key)
+    length = jax.random.randint(step_key, (_tree.problem_count(z0),), steps[0], steps[1] + 1)
+    z, failed = _run(cell, params, inputs, z0, length, damping)
+    z, inputs = donate(failed, (z, inputs))
+    x, data = (*inputs, None)[:2]
+    penalty = jacobian_frobenius(cell, params, z, x, probe_key, data=data, probes=probes)
+    return mask_problems(failed, penalty)
+
+
 def _run(
-    owner: str,
     cell: Callable[..., PyTree],
     params: PyTree,
     inputs: tuple,
@@ -207,7 +226,12 @@ def _run(
 ) -> tuple[PyTree, Array]:
     """Each problem's iterate after ``length [B]`` damped steps, a constant, and who failed."""
     pure, captured = _closures.hoist(
-        owner, "cell", lambda params, z, inputs: cell(params, z, *inputs), params, z0, inputs
+        "trajectory_frobenius",
+        "cell",
+        lambda params, z, inputs: cell(params, z, *inputs),
+        params,
+        z0,
+        inputs,
     )
     captured, params, inputs, z0 = lax.stop_gradient((captured, params, inputs, z0))
 

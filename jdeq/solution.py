@@ -114,6 +114,11 @@ class Solution:
         return self.result == Result.converged
 
 
+def places(first: Any, second: Any) -> Solution:
+    """How a solution lies on a mesh, by ``PartitionSpec``; see ``jdeq._shards.automatic``."""
+    return Solution(first, first, first, first, history=second, aux=first)
+
+
 def constant_but_value(solution: Solution) -> Solution:
     """Makes everything but ``value`` a constant to autodiff."""
     constant = jax.lax.stop_gradient(dataclasses.replace(solution, value=None))

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jdeq import _options
-from jdeq._shards import vary_alike
+from jdeq._shards import automatic, vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints.base import JointAdjoint
 from jdeq.adjoints.state_implicit import StateImplicit
@@ -23,7 +23,7 @@ from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, purify
 from jdeq.joint.run import Found, Given, JointRun, LoopOptions
 from jdeq.joint.solve import check_arguments
-from jdeq.solution import Result, Solution, constant_but_value
+from jdeq.solution import Result, Solution, constant_but_value, places
 
 PyTree = Any
 
@@ -126,7 +126,13 @@ def best_of_starts(
     )
 
 
+def _places(first: Any, second: Any) -> Solution:
+    """See ``jdeq._shards.automatic``."""
+    return dataclasses.replace(places(first, second), aux=StartsAux(first, first, second))
+
+
 @functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
+@automatic(_places)
 def _best_of_starts(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,

@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from jdeq import _options, _tree
-from jdeq._shards import vary_alike
+from jdeq._shards import automatic, vary_alike
 from jdeq._standing import Report
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.equilibrium import Controls, Equilibrium, RunOptions
@@ -24,7 +24,7 @@ from jdeq.joint.descent import check_optimizer
 from jdeq.joint.problem import InputProblem, PureProblem, Theta, purify
 from jdeq.joint.run import Given, JointAux, LoopOptions, objective_zeros, projection
 from jdeq.joint.solve import check_arguments
-from jdeq.solution import Solution, constant_but_value
+from jdeq.solution import Solution, constant_but_value, places
 from jdeq.solvers.anderson import Anderson
 from jdeq.solvers.base import Solver
 
@@ -162,6 +162,7 @@ class _Memory(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
+@automatic(places)
 def _nested_solve(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,

@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from jdeq import _options, _tree
-from jdeq._shards import vary_alike
+from jdeq._shards import automatic, vary_alike
 from jdeq.adjoints.base import JointAdjoint
 from jdeq.adjoints.state_implicit import StateImplicit
 from jdeq.equilibrium import Controls
@@ -19,7 +19,7 @@ from jdeq.joint.method import JointMethod
 from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, purify
 from jdeq.joint.run import Given, JointRun, LoopOptions
-from jdeq.solution import Solution, constant_but_value
+from jdeq.solution import Solution, constant_but_value, places
 
 PyTree = Any
 
@@ -161,6 +161,7 @@ def check_arguments(
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
+@automatic(places)
 def _joint_solve(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,

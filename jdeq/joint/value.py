@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _options, _tree
-from jdeq._shards import vary_alike
+from jdeq._shards import automatic, vary_alike
 from jdeq.adjoints import base
 from jdeq.adjoints.kkt_implicit import KKTImplicit
 from jdeq.equilibrium import Controls
@@ -21,7 +21,7 @@ from jdeq.joint.polished import Polished
 from jdeq.joint.problem import InputProblem, PureProblem, purify
 from jdeq.joint.run import Found, Given, JointRun, LoopOptions, projection
 from jdeq.joint.solve import check_arguments
-from jdeq.solution import Solution
+from jdeq.solution import Solution, places
 
 PyTree = Any
 
@@ -113,6 +113,7 @@ def input_value(
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "method", "adjoint", "loop"))
+@automatic(lambda first, second: (first, places(first, second)))
 def _input_value(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
     controls: Controls,

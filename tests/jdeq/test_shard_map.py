@@ -106,3 +106,37 @@ def test_joint(name):
     expected = jax.value_and_grad(loss, (0, 1))(params, target)
     got = jax.value_and_grad(on_shards(loss), (0, 1))(params, target)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), got, expected)
+
+
+def test_diagnosis():
+    params, target = problem()
+    inputs = jdeq.InputProblem(cell, objective)
+
+    def radii(params, target):
+        zeros = jnp.zeros_like(target)
+        found = jdeq.diagnose(inputs, params, target, zeros, zeros, max_steps=300)
+        return jnp.sum(found.augmented_radius + found.state_radius + found.hessian_largest)
+
+    np.testing.assert_allclose(
+        jax.jit(on_shards(radii))(params, target), radii(params, target), rtol=1e-6
+    )
+
+
+MEASURES = {
+    "jacobian": jdeq.regularization.jacobian_frobenius,
+    "trajectory": partial(jdeq.regularization.trajectory_frobenius, steps=(1, 4)),
+    "radius": partial(jdeq.regularization.spectral_radius, steps=4),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_regularization(name):
+    """Regression: random vectors did not vary over devices as the state does, which JAX refuses."""
+
+    def loss(params, x):
+        return jnp.sum(MEASURES[name](cell, params, jnp.tanh(x), x, jax.random.key(0)))
+
+    params, x = problem()
+    expected = jax.value_and_grad(loss)(params, x)
+    got = jax.jit(jax.value_and_grad(on_shards(loss)))(params, x)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), got, expected)
