@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdeq import _tree
-from jdeq._standing import Report
+from jdeq._standing import GUARD_SLACK, Report
 from jdeq.equilibrium import Controls, within_tolerance
 from jdeq.joint.problem import PureProblem, Theta
 
@@ -217,9 +217,12 @@ def meets_tolerance(residual: KKTResidual, evaluation: Evaluation, controls: Con
 
 
 def guard(residual: KKTResidual, evaluation: Evaluation, controls: Controls) -> Array:
-    """The state residual or, if larger, its tolerance, ``[B]``: all within it are equilibria."""
-    tolerance = controls.atol + controls.rtol * _tree.norm(evaluation.state)
-    return jnp.maximum(residual.state, tolerance.astype(residual.state.dtype))
+    """The state residual, zero within ``GUARD_SLACK`` of its tolerance, ``[B]``.
+
+    All these are equilibria, whatever the size of the state that their tolerance is relative to.
+    """
+    within = within_tolerance(residual.state / GUARD_SLACK, _tree.norm(evaluation.state), controls)
+    return jnp.where(within, 0, residual.state)
 
 
 def size(residual: KKTResidual, evaluation: Evaluation) -> Array:

@@ -115,7 +115,8 @@ def cosine(a, b):
 def test_outer_gradients_agree_where_they_should(given):
     learner, params, tasks = given
     # Not more steps: Adam, unrolled, amplifies the rounding errors of gradients that have vanished.
-    well = {"inner_steps": 120, "inner_step": 0.1, "inner_rtol": 0.0, "outer_rtol": 1e-4}
+    # By 120 the unrolled gradient is off by 1e-3 to 1e-2, as rounding falls; by 160 it is noise.
+    well = {"inner_steps": 100, "inner_step": 0.1, "inner_rtol": 0.0, "outer_rtol": 1e-4}
     well |= {"outer_steps": 60, "query_rtol": 1e-5, "query_steps": 100}
     kkt = gradient_of(learner, params, tasks, outer_gradient="kkt", **well)
     unrolled = gradient_of(learner, params, tasks, outer_gradient="unrolled", **well)

@@ -78,5 +78,8 @@ def test_an_objective_of_zero_has_a_finite_stationarity():
 def test_the_guard_is_the_residual_above_its_tolerance():
     _, residual, evaluation, _ = at(z=problems.optimum().z + np.array([[1e-9], [1e-3], [1.0]]))
     guard = augmented.guard(residual, evaluation, Controls(0.0, 1e-2))
-    np.testing.assert_allclose(guard, np.maximum(residual.state, 1e-2))
-    assert guard[0] == guard[1] == 1e-2
+    np.testing.assert_array_equal(guard, [0, 0, residual.state[2]])
+    relative = residual.state[1] / np.linalg.norm(evaluation.state[1])
+    for slack, equilibrium in ((1.29, True), (1.31, False)):
+        guard = augmented.guard(residual, evaluation, Controls(relative / slack, 0.0))
+        assert guard[1] == (0 if equilibrium else residual.state[1])

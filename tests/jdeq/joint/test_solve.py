@@ -216,6 +216,21 @@ def test_an_unconverged_solve_returns_a_low_objective_near_equilibrium():
     assert np.any(s.result == Result.max_steps)
 
 
+def test_a_state_that_grows_is_no_worse_an_equilibrium():
+    """Regression: tolerances, which grow with the state, were held against the better iterates."""
+    problem = jdeq.InputProblem(
+        lambda _, z, x: 0.1 * z + x, lambda _, z, x, target: jnp.sum((z - target) ** 2, 1)
+    )
+    x0 = jnp.ones((1, 2))
+    s = jdeq.joint_solve(
+        problem, None, 100 * x0, x0, x0 / 0.9, method=Accelerated(Picard(), step_size=0.003),
+        rtol=1e-2, max_steps=200, history=True,
+    )  # fmt: skip
+    assert s.result == Result.max_steps
+    assert np.all(np.diff(s.history.merit[:, 0]) <= 0)
+    np.testing.assert_array_equal(s.aux.objective, s.history.merit[-1])
+
+
 def test_one_step_evaluates_the_projected_start():
     o = problems.optimum("box")
     s = jdeq.joint_solve(o.problem, o.params, o.target, o.x0 + 1, o.z0, max_steps=1)
