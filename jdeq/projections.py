@@ -29,7 +29,8 @@ def l2_ball(x: PyTree, radius: Array) -> PyTree:
     Returns:
         The projection, like ``x``.
     """
-    square = _tree.dot(x, x)
+    unit, v = _tree.in_range(x)
+    square, radius = _tree.dot(v, v), radius / unit
     inside = square <= radius**2
     # Inside, no norm is taken: that of zero has no derivative.
     norm = jnp.sqrt(jnp.where(inside, 1, square))

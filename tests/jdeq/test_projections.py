@@ -46,6 +46,23 @@ SETS = {
 }
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1.0, 1e25])
+def test_l2_ball_of_numbers_whose_squares_leave_the_range(size):
+    """Regression: in float32 it was zero above 2e19, and x itself below 1e-23."""
+    x = jnp.array([[3.0, 4.0], [0.3, -0.4]], jnp.float32) * jnp.float32(size)
+
+    def project(x):
+        return projections.l2_ball(x, jnp.full(2, size, jnp.float32))
+
+    np.testing.assert_allclose(project(x), x * jnp.array([[0.2], [1.0]]), rtol=1e-6)
+    # Along x the projection of what is outside stands still; across it moves by a fifth.
+    _, along = jax.jvp(project, (x,), (x,))
+    np.testing.assert_allclose(along[0] / size, 0, atol=1e-6)
+    across = jnp.array([[-4.0, 3.0], [0.0, 0.0]], jnp.float32) * jnp.float32(size)
+    _, moved = jax.jvp(project, (x,), (across,))
+    np.testing.assert_allclose(moved[0], 0.2 * across[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_projects_each_problem_on_its_own_set(name):
     project, excess = SETS[name]
