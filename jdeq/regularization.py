@@ -60,12 +60,24 @@ def jacobian_frobenius(
         ValueError: if ``probes`` is below 1.
     """
     _options.check_count("jacobian_frobenius", "probes", probes)
+    return _jacobian_frobenius((params, z, x, data), key, cell=cell, probes=probes)
+
+
+@automatic(lambda first, second: first)
+def _jacobian_frobenius(
+    arguments: tuple[PyTree, PyTree, PyTree, PyTree],
+    key: Array,
+    *,
+    cell: Callable[..., PyTree],
+    probes: int,
+) -> Array:
+    """The estimate for ``(params, z, x, data)``."""
+    params, z, x, data = vary_alike(arguments)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1:
         keys = jax.vmap(partial(jax.random.split, num=probes), out_axes=1)(key)
         draw = jax.vmap(_tree.normal_like)
     else:
         keys, draw = jax.random.split(key, probes), _tree.normal_like
-    params, z, x, data = vary_alike((params, z, x, data))
     rest = () if data is None else (data,)
     _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
     dimension = sum(_tree.entries(leaf) for leaf in jax.tree.leaves(z))
@@ -172,7 +184,19 @@ def spectral_radius(
         ValueError: if ``steps`` is below 2.
     """
     _options.check_count("spectral_radius", "steps", steps, least=2)
-    params, z, x, data = vary_alike((params, z, x, data))
+    return _spectral_radius((params, z, x, data), key, cell=cell, steps=steps)
+
+
+@automatic(lambda first, second: first)
+def _spectral_radius(
+    arguments: tuple[PyTree, PyTree, PyTree, PyTree],
+    key: Array,
+    *,
+    cell: Callable[..., PyTree],
+    steps: int,
+) -> Array:
+    """The estimate for ``(params, z, x, data)``."""
+    params, z, x, data = vary_alike(arguments)
     rest = () if data is None else (data,)
     _, pull_back = jax.vjp(lambda z: cell(params, z, x, *rest), z)
     skipped = steps // 2

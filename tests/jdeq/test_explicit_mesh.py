@@ -40,8 +40,10 @@ def test_equilibrium(name):
         solution = jdeq.deq(cell, params, x, jnp.zeros_like(x), rtol=1e-10, atol=0, **SOLVES[name])
         return jnp.sum(jnp.sin(solution.value)), solution
 
-    # Products round differently in parts of the batch, and these two gradients amplify that.
-    rtol = 1e-7 if name in ("Shine", "Reversible") else 1e-12
+    # Products round differently in parts of the batch. These two amplify that: SHINE's estimate is
+    # made of differences of residuals of 1e-10, of which rounding leaves six digits, and the
+    # reversible gradient runs an iteration backwards.
+    rtol = {"Shine": 1e-5, "Reversible": 1e-7}.get(name, 1e-12)
     _, solution = check(jax.grad(loss, (0, 1), has_aux=True), rtol)
     for leaf in (solution.value, solution.residual, solution.steps):
         assert jax.typeof(leaf).sharding.spec[0] == "batch"
