@@ -276,7 +276,7 @@ def _augmented_radius(
     at = at._replace(mu=_tree.scale(1 / bend, at.mu))
     run = JointRun(pure, Polished(), LoopOptions(1))
     length = jnp.sqrt(step * bend)
-    inputs = (given.target, given.rest, Units(bend, length))
+    inputs = (given.target, given.rest, Units(bend, length, jnp.ones_like(bend)))
     _, push = jax.linearize(lambda at: run.augmented_map(given.theta, inputs, at), at)
     unit = jnp.where(length > 0, length, 1)
 

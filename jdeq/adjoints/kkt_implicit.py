@@ -31,8 +31,8 @@ class KKTImplicit(BackwardOptions):
 
         F(s) = (f(z, x),  P(x - a g),  (df/dz)^T mu + dl/dz),    g = (df/dx)^T mu + dl/dx
 
-    whatever method found it, with a constant ``a`` and the objective in units of the problem's own
-    scale. For a cotangent ``v`` of ``s`` the gradient is ``w^T dF/dtheta`` with
+    whatever method found it, with a constant ``a``, and objective and state in units of their own
+    size. For a cotangent ``v`` of ``s`` the gradient is ``w^T dF/dtheta`` with
     ``w = (dF/ds)^T w + v``, the implicit function theorem on the joint fixed point (Gurumurthy et
     al. 2021): exact where ``StateImplicit`` holds x, and with it the derivative of any outer loss
     of ``z*`` and ``x*``, as in few-shot learning with a query loss. It takes second derivatives of
@@ -77,8 +77,11 @@ class KKTImplicit(BackwardOptions):
             given, start, solution, controls, probe = saved
             units = run.units(given, start, solution)
             point, v = solution.value, cotangent.value
-            point = point._replace(mu=_tree.scale(1 / units.objective, point.mu))
-            v = v._replace(mu=_tree.scale(units.objective, v.mu))
+            unit = units.objective / units.state
+            point = point._replace(
+                z=_tree.scale(1 / units.state, point.z), mu=_tree.scale(1 / unit, point.mu)
+            )
+            v = v._replace(z=_tree.scale(units.state, v.z), mu=_tree.scale(unit, v.mu))
             theta_bar, (target_bar, rest_bar, _), adjoint = implicit.pull_back(
                 Equilibrium.of(run.augmented_map, options),
                 given.theta,

@@ -54,10 +54,12 @@ class Units(NamedTuple):
     Attributes:
         objective: ``|l at the start| + |l|``, or 1 where that is zero, ``[B]``.
         size: ``1 + ||x||``, ``[B]``.
+        state: the power of two nearest to the largest entry of z, or 1 where z is zero, ``[B]``.
     """
 
     objective: Array
     size: Array
+    state: Array
 
 
 class _Memory(NamedTuple):
@@ -211,22 +213,24 @@ class JointRun:
         return step
 
     def units(self, given: Given, start: AugmentedState, solution: Solution) -> Units:
-        """The scales of objective and input at a solution."""
+        """The scales of objective, input and state at a solution."""
         start = start._replace(x=projection(self.pure, given)(start.x))
         at_start, at_end = (
             self.pure.objective(given.theta, at.z, at.x, given.target, given.rest)
             for at in (start, solution.value)
         )
         scale = jnp.abs(at_start) + jnp.abs(at_end)
-        return Units(jnp.where(scale > 0, scale, 1), 1 + _tree.norm(solution.value.x))
+        state, _ = _tree.in_range(solution.value.z)
+        return Units(jnp.where(scale > 0, scale, 1), 1 + _tree.norm(solution.value.x), state)
 
     def augmented_map(
         self, theta: Theta, inputs: tuple[PyTree, tuple, Units], at: AugmentedState
     ) -> AugmentedState:
-        """``(f, P(x - size^2 g), (df/dz)^T mu + dl/dz)`` of the objective in its own units.
+        """``(f, P(x - size^2 g), (df/dz)^T mu + dl/dz)`` of state and objective in their own units.
 
-        Its fixed points are the KKT points of the problem with ``l / objective`` for ``l``, whose
-        adjoint is ``mu / objective``: no block of the map depends on the caller's units.
+        Its fixed points are the KKT points of the problem with ``z / state`` for ``z`` and
+        ``l / objective`` for ``l``, whose adjoint is ``mu state / objective``: no block of the map
+        depends on the caller's units of either.
 
         Args:
             theta: what all problems share.
@@ -237,10 +241,16 @@ class JointRun:
             Its image.
         """
         target, rest, units = inputs
-        scaled = dataclasses.replace(
-            self.pure,
-            objective=lambda *arguments: self.pure.objective(*arguments) / units.objective,
-        )
+
+        def cell(theta: Theta, inputs: tuple, z: PyTree) -> PyTree:
+            z = _tree.scale(units.state, z)
+            return _tree.scale(1 / units.state, self.pure.cell(theta, inputs, z))
+
+        def objective(theta: Theta, z: PyTree, *given: PyTree) -> Array:
+            z = _tree.scale(units.state, z)
+            return self.pure.objective(theta, z, *given) / units.objective
+
+        scaled = dataclasses.replace(self.pure, cell=cell, objective=objective)
         evaluation = augmented.evaluate(scaled, theta, target, rest, at)
         x = _tree.subtract(at.x, _tree.scale(units.size**2, evaluation.gradient))
         if self.pure.project is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,36 @@ def test_the_gradient_and_hessian_do_not_depend_on_an_infeasible_start():
     for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.any(expected != 0)
         np.testing.assert_array_equal(leaf, expected)
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1e-3, 1e4])
+def test_the_gradient_does_not_depend_on_the_unit_of_the_state_in_float32(unit):
+    """Regression: at 1e-3 it was off by 7e-3, and called converged; at 1e-5 by 8e-1."""
+
+    def cell(params, z, x):
+        return unit * bent_cell(params, z / unit, x)
+
+    def objective(params, z, *given):
+        return bent_objective(params, z / unit, *given)
+
+    params, target = jax.tree.map(lambda v: v.astype(jnp.float32), arguments())
+    x0, z0 = jnp.zeros((3, 4), jnp.float32), jnp.zeros((3, 5), jnp.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(problem, unit, params, target):
+        def loss(params):
+            solve = {"adjoint": KKTImplicit(), "rtol": 1e-5, "max_steps": 2000}
+            at = jdeq.joint_solve(problem, params, target, x0, z0, **solve).value
+            return outer((at.z / unit, at.x))
+
+        return jax.grad(loss)(params)
+
+    got = gradient(jdeq.InputProblem(cell, objective), unit, params, target)
+    want = gradient(BENT["free"], 1.0, params, target)
+    for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(
+            leaf, expected, rtol=2e-4, atol=2e-4 * jnp.max(jnp.abs(want["W"]))
+        )
 
 
 def test_says_when_the_kkt_system_is_singular():
