@@ -56,6 +56,8 @@ class Report(NamedTuple):
         evaluations: cell evaluations this step spent, int ``[B]``, or None for one.
         refined: the iterate that the report is about, where the step improved on the given one
             before measuring; None is the given one.
+        settled: whether half the digits of the iterate are found, bool ``[B]``; None where no
+            residual says so.
     """
 
     residual: PyTree
@@ -65,6 +67,7 @@ class Report(NamedTuple):
     size: Array
     evaluations: Array | None = None
     refined: PyTree | None = None
+    settled: Array | None = None
 
 
 class Standing(NamedTuple):
@@ -74,6 +77,7 @@ class Standing(NamedTuple):
         best_merit: merit of the best iterate.
         best_guard: its guard, or None where reports have none.
         lowest_guard: lowest guard of any iterate, or None.
+        best_settled: whether the best iterate is settled, or None where reports do not say.
         usual_size: largest size of the first few iterates, at least one.
         usual_merit: largest absolute merit of the first few.
         reference_merit: merit at the last improvement that counted.
@@ -83,6 +87,7 @@ class Standing(NamedTuple):
     best_merit: Array
     best_guard: Array | None
     lowest_guard: Array | None
+    best_settled: Array | None
     usual_size: Array
     usual_merit: Array
     reference_merit: Array
@@ -98,6 +103,7 @@ class Standing(NamedTuple):
             best_merit=infinite,
             best_guard=no_guard,
             lowest_guard=no_guard,
+            best_settled=None if report.settled is None else jnp.zeros(merit.shape, bool),
             usual_size=jnp.ones(report.size.shape, report.size.dtype),
             usual_merit=jnp.zeros(merit.shape, merit.dtype),
             reference_merit=infinite,
@@ -161,8 +167,13 @@ def judge(
     code = jnp.where(stagnated, jnp.int32(Result.stagnated), jnp.int32(Result.max_steps))
     code = jnp.where(diverged, jnp.int32(Result.diverged), code)
     code = jnp.where(finite, code, jnp.int32(Result.non_finite))
-    thrown = (diverged | ~finite) & _is_settled(standing)
-    code = jnp.where(thrown, jnp.int32(Result.stagnated), code)
+    best_settled = standing.best_settled
+    if best_settled is not None and report.settled is not None:
+        # What runs away from a solution was thrown by rounding, as by secants between equal
+        # iterates: no divergence takes back the digits that the best iterate has.
+        thrown = (diverged | ~finite) & best_settled
+        code = jnp.where(thrown, jnp.int32(Result.stagnated), code)
+        best_settled = jnp.where(better, report.settled, best_settled)
     code = jnp.where(finite & report.converged, jnp.int32(Result.converged), code)
     best_guard = standing.best_guard
     if best_guard is not None and report.guard is not None:
@@ -171,6 +182,7 @@ def judge(
         best_merit=jnp.where(better, report.merit, standing.best_merit),
         best_guard=best_guard,
         lowest_guard=lowest_guard,
+        best_settled=best_settled,
         usual_size=usual_size,
         usual_merit=usual_merit,
         reference_merit=reference_merit,
@@ -184,16 +196,6 @@ def _all_finite(report: Report) -> Array:
     for leaf in leaves[1:]:
         finite &= jnp.isfinite(leaf)
     return finite
-
-
-def _is_settled(standing: Standing) -> Array:
-    """Whether the best merit is so far below the usual one that half of its digits are found.
-
-    What runs away from there was thrown by rounding, as by secants between equal iterates: the best
-    iterate is a solution to the digits that it has, which no divergence takes back.
-    """
-    half = float(jnp.finfo(standing.best_merit.dtype).eps) ** 0.5
-    return jnp.abs(standing.best_merit) < half * standing.usual_merit
 
 
 def _choose(

@@ -149,7 +149,8 @@ def _report(z: PyTree, fz: PyTree, controls: Controls) -> Report:
     size = _tree.norm(fz)
     residual = _tree.norm(_tree.subtract(fz, z))
     converged = within_tolerance(residual, size, controls)
-    return Report(residual, converged, residual, None, size + residual)
+    settled = residual < float(jnp.finfo(residual.dtype).eps) ** 0.5 * size
+    return Report(residual, converged, residual, None, size + residual, settled=settled)
 
 
 def _tolerances(controls: Controls, count: int) -> Controls:

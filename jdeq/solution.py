@@ -17,7 +17,7 @@ class Result(enum.IntEnum):
         converged: every residual is within its tolerance.
         max_steps: the step limit, or the step budget, came first.
         stagnated: the residual stopped falling above the tolerance, as at the rounding floor; or
-            the iteration ran away, but after it had fallen by half the digits of its dtype.
+            a fixed-point iteration ran away, but from a value of which half the digits were found.
         diverged: the residual grew out of all proportion to where it started.
         non_finite: an evaluation gave NaN or infinity.
     """

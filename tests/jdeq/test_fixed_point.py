@@ -103,6 +103,18 @@ def test_a_diverging_problem_keeps_its_best_and_says_so():
         np.testing.assert_allclose(s.residual[1:], shift[1:])
 
 
+def test_a_residual_that_grows_steeply_hides_no_divergence():
+    """Regression: beside what the first steps grew to, the start looked like a solution."""
+
+    def value(shift):
+        s = jdeq.fixed_point(lambda b, z: 1e5 * z + b, shift, jnp.zeros((1, 2)), solver=Picard())
+        return jnp.sum(s.value), s.result
+
+    gradient, result = jax.grad(value, has_aux=True)(jnp.ones(2))
+    assert result.tolist() == [Result.diverged]
+    assert gradient.tolist() == [0, 0]
+
+
 def test_an_unstable_rest_point_is_left_without_being_called_divergence():
     """Regression: from next to nothing to one is a large factor, and no divergence."""
     x = jnp.full((1, 1), 1e-7)

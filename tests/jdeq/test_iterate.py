@@ -19,7 +19,9 @@ from jdeq.iterate import Fold, iterate
 from jdeq.solution import Result
 
 
-def play(merits, *, guards=None, sizes=None, evaluations=None, tolerance=-1.0, **options):
+def play(
+    merits, *, guards=None, sizes=None, settled=None, evaluations=None, tolerance=-1.0, **options
+):
     """Runs the loop over a script: row k of ``merits [T, B]`` is the report on iterate k, which
     is the number k itself, one a problem."""
     merits = jnp.asarray(merits, float)
@@ -27,6 +29,7 @@ def play(merits, *, guards=None, sizes=None, evaluations=None, tolerance=-1.0, *
     sizes = jnp.ones_like(merits) if sizes is None else jnp.asarray(sizes, float)
 
     evaluations = None if evaluations is None else jnp.asarray(evaluations)
+    settled = None if settled is None else jnp.asarray(settled, bool)
 
     def prepare(columns):
         def step(position, memory, k):
@@ -40,6 +43,7 @@ def play(merits, *, guards=None, sizes=None, evaluations=None, tolerance=-1.0, *
                 guard=row(guards),
                 size=row(sizes),
                 evaluations=row(evaluations),
+                settled=row(settled),
             )
             return position + 1, memory + 1, report
 
@@ -187,14 +191,14 @@ def test_diverges_once_out_of_proportion_and_keeps_the_best():
 
 def test_what_is_thrown_off_its_solution_has_not_diverged():
     """Regression: it was, at the rounding floor of secants, and its gradient was taken for zero."""
-    found = [9.0, 1.0, 1e-9, 1e-9, 9.0]
-    lost = [9.0, 1.0, 1e-6, 1e-6, 9.0]
-    merits = script(found, lost, [*found[:4], np.nan], [*lost[:4], np.nan])
-    far = [1, 1, 1, 1, 2 * DIVERGENCE_FACTOR]
-    solution, _ = play(merits, sizes=script(far, far, far[:4], far[:4]), max_steps=6)
+    merits = script([9, 1, 2, 9], [9, 1, 2, 9], [9, 1, 2, np.nan], [9, 1, 2, np.nan])
+    options = {"sizes": script([1, 1, 1, 2 * DIVERGENCE_FACTOR], *[[1]] * 3), "max_steps": 5}
+    options["sizes"][:, 1] = options["sizes"][:, 0]
+    settled = script([0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 1])
+    solution, _ = play(merits, settled=settled, **options)
     stagnated = Result.stagnated
     assert solution.result.tolist() == [stagnated, Result.diverged, stagnated, Result.non_finite]
-    assert solution.value.tolist() == [2, 2, 2, 2]
+    assert solution.value.tolist() == [1, 1, 1, 1]
 
 
 def test_a_start_at_zero_is_no_yardstick():

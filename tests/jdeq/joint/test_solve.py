@@ -312,6 +312,24 @@ def test_an_unbounded_objective_diverges_without_harm():
     np.testing.assert_allclose(s.value.x[::2], o.x[::2], atol=1e-4)
 
 
+def test_a_vanishing_objective_hides_no_divergence():
+    """Regression: a state that ran past its target, with no loss beyond, seemed to be solved."""
+
+    def hinge(params, z, x, target):
+        return jnp.sum(jnp.maximum(0, target - z), 1)
+
+    problem = jdeq.InputProblem(lambda p, z, x: p * z + x, hinge)
+
+    def solve(p):
+        ones = jnp.ones((1, 2))
+        s = jdeq.joint_solve(problem, p, ones, 0.1 * ones, 0 * ones, max_steps=100)
+        return jnp.sum(s.value.z), s.result
+
+    slope, result = jax.grad(solve, has_aux=True)(2.0)
+    assert result.tolist() == [Result.diverged]
+    assert slope == 0
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-7])
 def test_a_start_with_everything_zero_is_no_divergence(scale):
     """Regression: f, dl/dz and both residuals are zero at first, and all after seemed infinite."""
