@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jdeq._shards import is_spread
+
 PyTree = Any
 
 
@@ -28,7 +30,8 @@ def hoist(owner: str, name: str, function: Callable, *example: PyTree) -> tuple[
 
     Raises:
         ValueError: if ``function`` changes the state of an object while it is traced, as a module
-            that draws random numbers does.
+            that draws random numbers does, or captures an array of a mesh with explicit axes that
+            it cannot be traced with.
     """
     try:
         jaxpr, out_shape = jax.make_jaxpr(function, return_shape=True)(*example)
@@ -40,7 +43,12 @@ def hoist(owner: str, name: str, function: Callable, *example: PyTree) -> tuple[
                 f"is evaluated many times within one solve; draw masks and noise beforehand and "
                 f"pass them through data."
             ) from error
+        if "context mesh" in str(error):
+            raise _refusal_of_mesh(owner, name) from error
         raise
+    if any(is_spread(aval.sharding) for aval in jaxpr.out_avals):
+        # No argument is spread in this way: a solve of such has explicit axes no more.
+        raise _refusal_of_mesh(owner, name)
     out_tree = jax.tree.structure(out_shape)
     place = {id(constant): i for i, constant in enumerate(jaxpr.consts)}
 
@@ -55,3 +63,11 @@ def hoist(owner: str, name: str, function: Callable, *example: PyTree) -> tuple[
         return jax.tree.unflatten(out_tree, flat)
 
     return pure, jaxpr.consts
+
+
+def _refusal_of_mesh(owner: str, name: str) -> ValueError:
+    return ValueError(
+        f"{owner}: {name} captures an array that lies on a mesh with explicit axes, but a solve "
+        f"leaves it to the compiler how its arrays are spread, and JAX refuses to mix the two; "
+        f"pass it as an argument instead, such as params or data."
+    )

@@ -56,8 +56,9 @@ def automatic(places: Callable[[PartitionSpec, PartitionSpec], PyTree]) -> Calla
     def decorate(solve: Callable) -> Callable:
         @functools.wraps(solve)
         def spread(arguments: tuple, *others: PyTree, **static: Any) -> PyTree:
-            shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(arguments)]
-            explicit = [s for s in shardings if _is_spread(s)]
+            leaves = jax.tree.leaves((arguments, others))
+            shardings = [jax.typeof(leaf).sharding for leaf in leaves]
+            explicit = [s for s in shardings if is_spread(s)]
             if not explicit:
                 return solve(arguments, *others, **static)
             mesh = explicit[0].mesh
@@ -75,7 +76,8 @@ def automatic(places: Callable[[PartitionSpec, PartitionSpec], PyTree]) -> Calla
     return decorate
 
 
-def _is_spread(sharding: NamedSharding) -> bool:
+def is_spread(sharding: NamedSharding) -> bool:
+    """Whether an array's type says that it is spread over explicit axes of a mesh."""
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     return explicit and any(axes is not None for axes in sharding.spec)
 

@@ -64,8 +64,9 @@ def fixed_point(
 
     Args:
         f: ``f(params, z) -> z``, pure and deterministic. Arrays that it captures get gradients as
-            ``params`` do, except inside ``jax.shard_map``, where JAX refuses them: pass them there.
-            As with ``jax.jit``, a function called again is not traced again.
+            ``params`` do, except inside ``jax.shard_map`` and on meshes with explicit axes, where
+            JAX refuses them: pass them there. As with ``jax.jit``, a function called again is not
+            traced again.
         params: any pytree; never split by problem.
         z0: start, every leaf ``[B, ...]`` of a floating dtype, B the number of problems. Its
             gradient is zero.

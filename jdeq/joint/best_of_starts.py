@@ -111,12 +111,14 @@ def best_of_starts(
         _options.check_probe(owner, backward_probe, count)
     controls = Controls(rtol, atol, step_budget)
     loop = LoopOptions(max_steps, history, compaction, patience)
-    first = jax.tree.map(lambda leaf: leaf[0], x0)
+    # Of starts that are spread over devices none can be taken out here.
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), x0)
     params, target, rest, start = check_arguments(
-        owner, problem, params, target, first, z0, data, mu0, controls, loop
+        owner, problem, params, target, one, z0, data, mu0, controls, loop
     )
     return _best_of_starts(
-        (params, target, rest, start._replace(x=x0)),
+        (params, target, rest, start._replace(x=None)),
+        x0,
         controls,
         backward_probe,
         problem=problem,
@@ -135,6 +137,7 @@ def _places(first: Any, second: Any) -> Solution:
 @automatic(_places)
 def _best_of_starts(
     arguments: tuple[PyTree, PyTree, tuple, AugmentedState],
+    x0: PyTree,
     controls: Controls,
     probe: Array | None,
     *,
@@ -144,10 +147,11 @@ def _best_of_starts(
     loop: LoopOptions,
 ) -> Solution:
     """One compiled program a problem, set of options and shapes, also for eager calls."""
-    arguments, controls, probe = vary_alike((arguments, controls, probe))
+    arguments, x0, controls, probe = vary_alike((arguments, x0, controls, probe))
     params, target, rest, start = arguments
-    starts, count = jax.tree.leaves(start.x)[0].shape[:2]
-    first = jax.tree.map(lambda leaf: leaf[0], start.x)
+    start = start._replace(x=x0)
+    starts, count = jax.tree.leaves(x0)[0].shape[:2]
+    first = jax.tree.map(lambda leaf: leaf[0], x0)
     pure, theta = purify("best_of_starts", problem, params, target, first, start.z, rest)
     run = JointRun(pure, method, loop)
     given = Given(theta, target, rest)

@@ -77,6 +77,22 @@ def test_joint(name):
     assert jax.typeof(value.x).sharding.spec[0] == "batch"
 
 
+def test_what_a_function_captures_is_to_be_passed():
+    params, x = spread(*four_problems())
+    with pytest.raises(ValueError, match="deq: cell captures an array that lies on a mesh"):
+        jdeq.deq(lambda p, z, x: cell(params, z, x), None, x, jnp.zeros_like(x))
+    with pytest.raises(ValueError, match="fixed_point: f captures an array that lies on a mesh"):
+        jdeq.fixed_point(lambda p, z: cell(p, z, x), params, jnp.zeros(x.shape))
+
+
+def test_starts_that_are_spread():
+    def solve(params, x0):
+        zeros = jnp.zeros((1, 5))
+        return jdeq.joint.best_of_starts(INPUTS, params, zeros, x0[:, None], zeros)
+
+    assert check(solve, 1e-6).aux.objectives.shape == (4, 1)
+
+
 def test_value_of_the_joint_problem():
     def loss(params, target):
         zeros = jnp.zeros_like(target)
