@@ -78,8 +78,8 @@ def select(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def scale(factor: Array, tree: PyTree) -> PyTree:
-    """Each problem's leaves times its entry of ``factor [B]``, dtypes kept."""
-    return jax.tree.map(lambda v: expand(factor, v).astype(v.dtype) * v, tree)
+    """Each problem's leaves times its entry of ``factor [B]``, rounded once, dtypes kept."""
+    return jax.tree.map(lambda v: (expand(factor, v) * v).astype(v.dtype), tree)
 
 
 def subtract(a: PyTree, b: PyTree) -> PyTree:

@@ -44,6 +44,17 @@ def test_the_largest_numbers_in_range(dtype):
     np.testing.assert_array_equal(scaled * unit.astype(dtype)[:, None], tree)
 
 
+@pytest.mark.parametrize("value", [2.0**-24, 2.0**-17, 65504.0])
+def test_float16_in_range(value):
+    """Regression: powers of two that float16 does not have became zero and infinity."""
+    tree = {"a": jnp.full((1, 2), value, jnp.float16)}
+    unit, scaled = _tree.in_range(tree)
+    assert 0.5 <= scaled["a"][0, 0] < 2
+    again = _tree.scale(unit, scaled)
+    assert again["a"].dtype == jnp.float16
+    np.testing.assert_array_equal(again["a"], tree["a"])
+
+
 def test_sums_of_narrow_dtypes_are_taken_in_float32():
     ones = jnp.ones((2, 4096), jnp.bfloat16)
     assert _tree.dot(ones, ones).dtype == jnp.float32
