@@ -146,9 +146,11 @@ class Equilibrium:
 
 
 def _report(z: PyTree, fz: PyTree, controls: Controls) -> Report:
+    """What ``fz = f(z)`` says of ``z``: the lower its residual, the better."""
     size = _tree.norm(fz)
     residual = _tree.norm(_tree.subtract(fz, z))
     converged = within_tolerance(residual, size, controls)
+    # What runs away from here was thrown by rounding: half of the digits are solved for.
     settled = residual < float(jnp.finfo(residual.dtype).eps) ** 0.5 * size
     return Report(residual, converged, residual, None, size + residual, settled=settled)
 

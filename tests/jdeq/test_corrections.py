@@ -10,6 +10,7 @@ import pytest
 import jdeq
 from jdeq.adjoints import Implicit, JacobianFree, Phantom
 from jdeq.regularization import correction_iterates, correction_loss
+from jdeq.solution import Result
 from jdeq.solvers import Anderson, Picard
 from tests.jdeq import problems
 
@@ -138,3 +139,28 @@ def test_refusals_of_the_loss():
         correction_loss(jnp.sum, [jnp.ones(2)], discount=0.0)
     with pytest.raises(ValueError, match="no iterates were given"):
         correction_loss(jnp.sum, [])
+
+
+class Thrown:
+    """Picard's iteration, but for one step that leads far away."""
+
+    def init(self, z):
+        return ()
+
+    def step(self, z, fz, memory, k):
+        return jnp.where(k == 6, 1e9, fz), memory
+
+
+def test_an_iterate_far_from_the_solution_that_was_found_is_not_taken():
+    """The solve has `stagnated`, at the rounding floor, not `diverged`."""
+    x = jnp.array([[1.0, 2.0]])
+
+    def cell(params, z, x):
+        return 0.01 * z + x
+
+    options = {"solver": Thrown(), "rtol": 0.0, "atol": 0.0}
+    solution = jdeq.deq(cell, None, x, 0 * x, max_steps=12, **options)
+    assert solution.result.tolist() == [Result.stagnated]
+    early, late = correction_iterates(cell, None, x, 0 * x, at=(2, 9), **options)
+    np.testing.assert_allclose(early, 1.01 * x, rtol=1e-12)
+    np.testing.assert_allclose(late, x / 0.99, rtol=1e-10)
